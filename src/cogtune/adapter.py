@@ -1,0 +1,202 @@
+"""The LoRA adapter: injected by PEFT in float32 on a frozen base, saved so that a stock pipeline gives its strength.
+
+The file is `pytorch_lora_weights.safetensors` with diffusers' keys; its header carries the adapter's whole config
+(`lora_adapter_metadata`): without it the loader takes alpha = rank, and users get twice or half the trained strength.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
+
+from cogtune.cli import nearest
+from cogtune.config import AdapterSettings
+from cogtune.errors import UserError
+
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+ADAPTER_NAME = "default"
+
+
+class LoraLinear(PeftLinear):
+    """PEFT's LoRA layer, computing in the base's precision from float32 weights.
+
+    PEFT casts the activations up to float32 for the two small products, which doubles their memory traffic. Here the
+    small weights are cast down instead, scale included; gradients reach the float32 weights through the cast.
+    """
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`x` [..., in] to [..., out]; PEFT's own path where a case is not the plain one."""
+        name = self.active_adapters[0] if len(self.active_adapters) == 1 else None
+        plain = name in self.lora_A and name not in self.lora_variant and not self.merged and not self.disable_adapters
+        if not plain or args or kwargs:
+            return super().forward(x, *args, **kwargs)
+        assert name is not None
+        down = self.lora_A[name].weight.to(x.dtype)
+        up = (self.lora_B[name].weight * self.scaling[name]).to(x.dtype)
+        return self.base_layer(x) + F.linear(F.linear(self.lora_dropout[name](x), down), up)
+
+
+def match_targets(module_names: list[str], patterns: list[str]) -> list[str]:
+    """The names among `module_names` that the patterns take; raises `UserError` for one that takes none."""
+    matched: set[str] = set()
+    for pattern in patterns:
+        hits = [name for name in module_names if re.fullmatch(_as_regex(pattern), name)]
+        if not hits:
+            known = sorted({name.split(".", 2)[-1] for name in module_names})
+            raise UserError(
+                f"adapter.target_modules: {pattern!r} matches no linear layer{nearest(pattern, known)}; "
+                f"known: {', '.join(known[:16])}"
+            )
+        matched.update(hits)
+    return [name for name in module_names if name in matched]
+
+
+def _as_regex(pattern: str) -> str:
+    return pattern if any(c in pattern for c in "*+?[](){}|^$\\") else rf"(?:.*\.)?{re.escape(pattern)}"
+
+
+def linear_names(transformer: torch.nn.Module) -> list[str]:
+    """Names of the linear layers of a transformer without an adapter."""
+    return [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+
+
+def make_lora_config(settings: AdapterSettings) -> LoraConfig:
+    """PEFT's config for the settings."""
+    plain = all(re.escape(p).replace(r"\.", ".") == p for p in settings.target_modules)
+    targets = list(settings.target_modules) if plain else "|".join(_as_regex(p) for p in settings.target_modules)
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha if settings.alpha is not None else settings.rank,  # pyright: ignore[reportArgumentType]
+        lora_dropout=settings.dropout,
+        target_modules=targets,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        init_lora_weights=True,
+    )
+    config._register_custom_module({torch.nn.Linear: LoraLinear})
+    return config
+
+
+def add_lora(transformer: CogVideoXTransformer3DModel, settings: AdapterSettings, *, seed: int) -> None:
+    """Puts a fresh adapter into a frozen transformer: A random by the seed, B zero, both float32.
+
+    Raises `UserError` where a target matches nothing.
+    """
+    match_targets(linear_names(transformer), settings.target_modules)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer.add_adapter(make_lora_config(settings), ADAPTER_NAME)
+    for name, parameter in transformer.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def adapter_parameters(transformer: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The trainable parameters by name: exactly the adapter's."""
+    return {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+
+
+def adapter_state(transformer: CogVideoXTransformer3DModel) -> dict[str, torch.Tensor]:
+    """The adapter's float32 tensors under PEFT's keys."""
+    return get_peft_model_state_dict(transformer, adapter_name=ADAPTER_NAME)  # pyright: ignore[reportArgumentType]
+
+
+def save_adapter(transformer: CogVideoXTransformer3DModel, folder: Path, *, trained: bool) -> None:
+    """Writes `pytorch_lora_weights.safetensors` with metadata into the folder.
+
+    Raises `RuntimeError` for an empty adapter, or one whose B is all zero although steps were trained: such files come
+    out of sharded models that were not gathered, and load without a complaint.
+    """
+    state = convert_state_dict_to_diffusers(adapter_state(transformer))
+    ups = [tensor for key, tensor in state.items() if "lora_B" in key]
+    if not ups or any(tensor.numel() == 0 for tensor in state.values()):
+        raise RuntimeError("the adapter's tensors are empty; they were not gathered before saving")
+    if trained and not any(bool(tensor.any()) for tensor in ups):
+        raise RuntimeError("every B matrix of the adapter is zero after training; no gradient reached it")
+    metadata = _plain_metadata(transformer.peft_config[ADAPTER_NAME].to_dict())
+    CogVideoXPipeline.save_lora_weights(
+        folder, transformer_lora_layers=state, transformer_lora_adapter_metadata=metadata
+    )
+
+
+def _plain_metadata(config: dict[str, Any]) -> dict[str, Any]:
+    """PEFT's config as JSON can hold it, without what only this process knows."""
+    kept = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    return {key: value for key, value in kept.items() if key != "base_model_name_or_path" and _is_json(value)}
+
+
+def _is_json(value: object) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
+
+
+def load_adapter_state(transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
+    """Puts saved weights into an adapter that `add_lora` made (for resuming); strict about keys and shapes."""
+    saved = read_adapter_file(folder)[0]
+    state = {key.removeprefix("transformer."): tensor for key, tensor in saved.items()}
+    own = convert_state_dict_to_diffusers(adapter_state(transformer))
+    wrong = sorted(set(own) ^ set(state)) or [k for k in own if own[k].shape != state[k].shape]
+    if wrong:
+        raise UserError(f"{folder}: the saved adapter differs from the config's at {wrong[0]} ({len(wrong)} tensors)")
+    set_peft_model_state_dict(transformer, state, adapter_name=ADAPTER_NAME)  # pyright: ignore[reportArgumentType]
+
+
+def find_adapter_file(path: Path) -> Path:
+    """The weights file of an adapter given as file or folder (a run's `final/` or a checkpoint)."""
+    for candidate in (path, path / WEIGHTS_NAME, path / "adapter" / WEIGHTS_NAME):
+        if candidate.is_file():
+            return candidate
+    raise UserError(f"--lora {path}: no {WEIGHTS_NAME} there; give the run's final/ folder or the file itself")
+
+
+def read_adapter_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and adapter config ({} where the file has none); raises `UserError` for what is no adapter file."""
+    file = find_adapter_file(path)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header = opened.metadata() or {}
+            state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise UserError(f"--lora {file}: not a readable safetensors file ({error}); copy it again") from None
+    metadata = json.loads(header.get(LORA_ADAPTER_METADATA_KEY, "{}"))
+    return state, {key.removeprefix("transformer."): value for key, value in metadata.items()}
+
+
+def check_adapter_fits(state: dict[str, torch.Tensor], transformer: torch.nn.Module, path: os.PathLike[str]) -> None:
+    """Raises `UserError` where an adapter's tensors belong to another model, naming the first that differs."""
+    linears = {name: m for name, m in transformer.named_modules() if isinstance(m, torch.nn.Linear | BaseTunerLayer)}
+    for key, tensor in state.items():
+        match = re.fullmatch(r"transformer\.(.+)\.lora_([AB])\.weight", key)
+        if match is None:
+            if "lora_magnitude_vector" in key:
+                continue
+            raise UserError(
+                f"--lora {path}: tensor {key!r} is not one of a CogVideoX adapter "
+                "(transformer.<layer>.lora_A|lora_B.weight)"
+            )
+        layer = linears.get(match[1])
+        if layer is None:
+            raise UserError(f"--lora {path}: {match[1]} does not exist in this model; the adapter is another model's")
+        weight = layer.get_base_layer().weight if isinstance(layer, BaseTunerLayer) else layer.weight
+        size = weight.shape[1] if match[2] == "A" else weight.shape[0]
+        seen = tensor.shape[1] if match[2] == "A" else tensor.shape[0]
+        if size != seen:
+            raise UserError(
+                f"--lora {path}: {match[1]} is {seen} wide in the adapter and {size} in this model; "
+                "the adapter is another model's"
+            )

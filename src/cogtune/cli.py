@@ -1,0 +1,127 @@
+"""Reads a run's config: YAML file and dotted command-line overrides, checked in one go.
+
+accelerate launch train/lora.py --config configs/lora/cogvideox-5b.yaml --train.max_steps=500 [--dry-run]
+"""
+
+import argparse
+import difflib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_settings import CliSettingsSource
+
+from cogtune.config import RunConfig
+from cogtune.errors import UserError
+
+_TEXT_LISTS = ("--validation.prompts", "--adapter.target_modules")
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """A command line, resolved."""
+
+    config: RunConfig
+    dry_run: bool
+
+
+class _Parser(argparse.ArgumentParser):
+    """Unknown options name the nearest known one; wrong usage is a `UserError` like any other."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            option = unknown[0].split("=")[0]
+            raise UserError(f"unknown option {unknown[0]}{nearest(option, list(self._option_string_actions))}")
+        return known
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """`; did you mean X?` for the closest known name, or nothing where none is close."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def parse_run(description: str, argv: list[str] | None = None) -> Invocation:
+    """The config of a training or data command from its arguments (default: the process's own).
+
+    Raises `UserError` with every wrong setting in one message.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, help="YAML file with the run's settings")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, load no weights")
+    options, _ = parser.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])
+    values = read_yaml(options.config) if options.config else {}
+    if options.config and "output_dir" not in values:
+        values["output_dir"] = f"runs/{options.config.stem}"
+    source: CliSettingsSource[Any] = CliSettingsSource(
+        RunConfig,
+        root_parser=parser,
+        cli_parse_args=[_protect_text(arg) for arg in argv],
+        cli_hide_none_type=True,
+        parse_args_method=_Parser.parse_args,
+    )
+    overrides = source()
+    return Invocation(build_config(_merge(values, overrides)), options.dry_run)
+
+
+def _protect_text(argument: str) -> str:
+    """`--validation.prompts=A ship, at sea` is one prompt: pydantic-settings alone would cut it at the comma."""
+    option, _, value = argument.partition("=")
+    if option in _TEXT_LISTS and value and not value.lstrip().startswith("["):
+        return f"{option}={json.dumps([value])}"
+    return argument
+
+
+def build_config(values: dict[str, Any]) -> RunConfig:
+    """A checked config from plain values; all errors in one `UserError`."""
+    try:
+        return RunConfig(**values)
+    except ValidationError as error:
+        lines = [_describe(item) for item in error.errors()]
+        raise UserError("\n       ".join(["the config is wrong:", *lines]) if len(lines) > 1 else lines[0]) from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A config file as a dictionary."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not valid YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: expected sections (model:, data:, ...), found {type(values).__name__}")
+    return values
+
+
+def _merge(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(values)
+    for key, value in overrides.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _describe(item: Any) -> str:
+    location = [str(part) for part in item["loc"]]
+    name = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        section: type[BaseModel] | None = RunConfig
+        for part in location[:-1]:
+            field = section.model_fields.get(part) if section else None
+            section = field.annotation if field and isinstance(field.annotation, type) else None
+        known = [".".join([*location[:-1], key]) for key in section.model_fields] if section else []
+        return f"unknown setting {name}{nearest(name, known)}"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{name}: {message} (got {item['input']!r})" if location and item["type"] != "value_error" else message

@@ -1,0 +1,228 @@
+"""Every setting of a run, declared once: name, type, default and what it does.
+
+A config file is YAML with the sections below; any setting can be given on the command line too, as
+`--section.key=value`, which wins over the file. Wrong settings are reported all at once.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A part of the tree: unknown keys are errors, defaults are checked like given values."""
+
+    model_config = ConfigDict(
+        extra="forbid", validate_default=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class ModelSettings(Section):
+    path: str = "tiny"
+    """Hub name, local pipeline folder, or short name (tiny, cogvideox-2b, cogvideox-5b)."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the base weights and activations; auto: the variant's own on a GPU, float32 on a CPU."""
+
+
+class DataSettings(Section):
+    manifest: Path | None = None
+    """Folder of videos with .txt captions, metadata.jsonl|csv, or prompts.txt + videos.txt; or a .jsonl or .csv file."""
+    validation_manifest: Path | None = None
+    """Clips for the evaluation loss only; without it, `validation_clips` are held out of `manifest`."""
+    validation_clips: Annotated[int, Field(ge=0)] | None = None
+    """How many clips to hold out; default: 5 % where there are at least 20 clips, none otherwise."""
+    cache_dir: Path = Path("cache")
+    """Where encoded clips and captions are kept; safe to share between runs, and to delete."""
+    num_frames: Positive | None = None
+    """Frames of a training clip, 4k + 1; default: the model's own."""
+    height: Positive | None = None
+    """Pixels; default: the model's own."""
+    width: Positive | None = None
+    """Pixels; default: the model's own."""
+    fps: Annotated[float, Field(gt=0)] | None = None
+    """Frames a second at which clips are sampled by time; default: the model's own."""
+    allow_unsupported_size: bool = False
+    """Allow a length or size that the model card doesn't support; expect worse videos."""
+    id_token: str | None = None
+    """Trigger word put before every training caption; write it into your prompts yourself."""
+    bad_clips: Literal["error", "skip"] = "error"
+    """What training does with clips that can't be used: stop and list them, or leave them out and list them."""
+    allow_outside_root: bool = False
+    """Allow manifest entries that lead out of the manifest's folder by `..`, a link or an absolute path."""
+    decode_timeout_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """Time limit for decoding one clip with one decoder; after it the other decoder has a try."""
+    num_workers: Annotated[int, Field(ge=0)] | None = None
+    """Processes that decode clips or read the cache; default: up to 4, fewer on a small machine."""
+
+
+class AdapterSettings(Section):
+    rank: Positive = 64
+    """Rank of the LoRA matrices."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """The update is scaled by alpha / rank (rsLoRA: alpha / sqrt(rank)); default: alpha = rank, a scale of 1."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Dropout before the LoRA matrices."""
+    target_modules: Annotated[list[str], Field(min_length=1)] = ["to_q", "to_k", "to_v", "to_out.0"]
+    """Linear layers to adapt: names matched at the end, or (where one has any of *+?[](){}|^$\\) regular expressions
+    matched against the whole name, such as `transformer_blocks\\.[0-9]\\..*to_q`."""
+    use_rslora: bool = False
+    """Rank-stabilised scale (arXiv:2312.03732)."""
+    use_dora: bool = False
+    """Weight-decomposed LoRA (arXiv:2402.09353); slower."""
+
+
+class OptimizerSettings(Section):
+    name: Literal["adamw"] = "adamw"
+    """AdamW in float32, fused on a GPU."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak learning rate."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """Decay rates of the moment averages."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the denominator."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    """Decoupled weight decay."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Gradients are scaled down to this global norm; null: never."""
+
+
+class ScheduleSettings(Section):
+    name: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after the warm-up; cosine and linear end at `final_ratio` of the peak."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    """Steps of linear warm-up from zero; cut to a tenth of a shorter run."""
+    final_ratio: Fraction = 0.0
+    """Learning rate at the last step as a part of the peak."""
+
+
+class TrainSettings(Section):
+    max_steps: Positive = 1000
+    """Optimizer steps of the whole run."""
+    batch_size: Positive = 1
+    """Samples per device and forward pass."""
+    gradient_accumulation_steps: Positive = 1
+    """Forward passes per optimizer step."""
+    seed: int = 42
+    """Everything random in the run follows from it."""
+    caption_dropout: Fraction = 0.1
+    """Part of the samples that train without caption: zero text embeddings, as the base model was trained."""
+    timestep_strata: Positive = 16
+    """This many consecutive samples cover the timesteps evenly, one in each part; 1: independent draws."""
+    min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
+    """Min-SNR loss weights with this gamma (arXiv:2303.09556); null: plain v-prediction loss."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile each transformer block; auto: on a GPU."""
+
+
+class MemorySettings(Section):
+    mode: Literal["auto", "keep_all", "keep_attention", "recompute"] = "auto"
+    """What the backward pass finds in memory: all activations, attention outputs only, or block inputs only (least
+    memory, slowest); auto: the fastest that the plan says will fit."""
+    allow_tf32: bool = True
+    """TensorFloat-32 for float32 matrix products on a GPU (no effect on bfloat16 and float16 ones)."""
+
+
+class ValidationSettings(Section):
+    every_steps: Positive | None = None
+    """Evaluate and generate at this interval as well as at the end; null: at the end only."""
+    prompts: list[str] = []
+    """One video each, used exactly as written; on the command line `--validation.prompts=TEXT`, repeated."""
+    seeds: list[int] = [0]
+    """Each prompt is generated with each seed."""
+    negative_prompt: str = ""
+    """What guidance leads away from."""
+    num_inference_steps: Positive = 50
+    """Sampling steps."""
+    guidance_scale: Annotated[float, Field(ge=1.0)] = 6.0
+    """Classifier-free guidance; 1: none."""
+    base_videos: bool = True
+    """Generate the base model's videos too, once, for comparison."""
+    enabled: bool = True
+    """False: no evaluation loss and no videos."""
+
+
+class CheckpointSettings(Section):
+    every_steps: Positive | None = 500
+    """Interval in steps; null: not by steps."""
+    every_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Interval in minutes of training; null: not by time."""
+    keep_last: Positive = 3
+    """Complete checkpoints kept; older ones are deleted after a new one is complete."""
+    resume: str = "auto"
+    """auto: continue from the newest complete checkpoint, if any; never: refuse a used output folder; or a path."""
+
+
+class TrackingSettings(Section):
+    report_to: Literal["none", "wandb", "tensorboard"] = "none"
+    """A tracker beside metrics.jsonl, which is always written."""
+    log_every_steps: Positive = 10
+    """Interval of metrics rows; only these steps wait for the GPU."""
+    project: str = "cogtune"
+    """Project name for wandb."""
+    wandb_mode: Literal["online", "offline"] = "online"
+    """offline: write to <output_dir>/wandb, to be synchronised later."""
+
+
+class RunConfig(BaseSettings):
+    """The whole tree. `output_dir` defaults to runs/<name of the config file>."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid", validate_default=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+    model: ModelSettings = ModelSettings()
+    """The base model."""
+    data: DataSettings = DataSettings()
+    """Clips and captions."""
+    adapter: AdapterSettings = AdapterSettings()
+    """The LoRA adapter (train/lora.py)."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    """How weights are updated."""
+    schedule: ScheduleSettings = ScheduleSettings()
+    """How the learning rate changes."""
+    train: TrainSettings = TrainSettings()
+    """The run itself."""
+    memory: MemorySettings = MemorySettings()
+    """What is kept on the GPU."""
+    validation: ValidationSettings = ValidationSettings()
+    """Evaluation loss and sample videos."""
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    """When to save, what to keep, where to resume."""
+    tracking: TrackingSettings = TrackingSettings()
+    """Where numbers go."""
+    output_dir: Path = Path("runs/run")
+    """Folder of the run."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Settings come from the file and the command line alone, never from environment variables."""
+        return (init_settings,)
+
+    @field_validator("validation")
+    @classmethod
+    def _prompts_say_something(cls, value: ValidationSettings) -> ValidationSettings:
+        if any(not prompt.strip() for prompt in value.prompts):
+            raise ValueError("validation.prompts has an empty prompt; remove it or write one")
+        return value
+
+    @model_validator(mode="after")
+    def _manifests_differ(self) -> "RunConfig":
+        if self.data.validation_manifest is not None and self.data.validation_clips:
+            raise ValueError("data.validation_manifest and data.validation_clips exclude each other; give one")
+        return self
+
+    def to_plain(self) -> dict[str, Any]:
+        """The tree as plain values, as saved in config.yaml."""
+        return self.model_dump(mode="json")

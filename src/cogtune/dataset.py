@@ -1,0 +1,162 @@
+"""Training samples from the cache: which clip stands where, with its noise, timestep and caption, by global position.
+
+Workers read, check and draw; the device only computes. Ranks and micro-batches take positions of one global sequence,
+so 2 processes x batch 1, 1 x batch 2 and 1 x 2 accumulation steps see the same samples with the same noise.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from cogtune.cache import Cache
+from cogtune.draws import ClipOrder, draw_caption_dropped, draw_noise, draw_timestep
+from cogtune.errors import UserError
+from cogtune.manifest import Clip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A clip and where the cache holds it."""
+
+    clip: Clip
+    latents_key: str
+    text_key: str
+
+
+@dataclass
+class Batch:
+    """Samples on their way to the device; all tensors float32 but the embeddings."""
+
+    latents: torch.Tensor  # [B, F, C, H, W], scaled, sampled from the VAE's posterior
+    noise: torch.Tensor  # [B, F, C, H, W]
+    embeddings: torch.Tensor  # [B, L, D], zeros where the caption is dropped
+    timesteps: torch.Tensor  # int64 [B]
+    positions: list[int]
+    clips: list[Clip]
+    dropped: list[bool]
+
+    def pin_memory(self) -> "Batch":
+        """For the loader: page-locked copies, so that transfers don't wait."""
+        for name in ("latents", "noise", "embeddings", "timesteps"):
+            setattr(self, name, getattr(self, name).pin_memory())
+        return self
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch with its tensors on the device."""
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("latents", "noise", "embeddings", "timesteps")
+        }
+        return Batch(**moved, positions=self.positions, clips=self.clips, dropped=self.dropped)
+
+    def describe(self) -> list[str]:
+        """One line a sample for error messages: id, timestep, caption."""
+        timesteps = self.timesteps.tolist()
+        return [
+            f"clip {clip.id!r}, timestep {t}, caption {'(dropped)' if drop else clip.caption[:120]!r}"
+            for clip, t, drop in zip(self.clips, timesteps, self.dropped, strict=True)
+        ]
+
+
+def read_sample(cache: Cache, entry: Entry) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the latents, float32 [C, F, H, W], and the embeddings [L, D]."""
+    moments, text = cache.read("latents", entry.latents_key), cache.read("text", entry.text_key)
+    if moments is None or text is None:
+        what = "latents" if moments is None else "caption"
+        raise UserError(
+            f"cache entry of clip {entry.clip.id!r} ({what}) is missing or was damaged and is removed; "
+            "start the run again: the entry is made again and training resumes"
+        )
+    std = torch.exp(0.5 * moments["logvar"].float().clamp(-30.0, 20.0))
+    return moments["mean"].float(), std, text["embeddings"]
+
+
+class TrainingSet(Dataset[Batch]):
+    """Item p is the sample at global position p: a pure function of (seed, p) and the entries."""
+
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        cache: Cache,
+        *,
+        seed: int,
+        scaling_factor: float,
+        caption_dropout: float,
+        timestep_strata: int,
+    ) -> None:
+        self._entries, self._cache, self._seed = list(entries), cache, seed
+        self._scaling_factor = scaling_factor
+        self._caption_dropout, self._strata = caption_dropout, timestep_strata
+        self.order = ClipOrder([entry.clip.weight for entry in entries], seed)
+
+    def __getitem__(self, position: int) -> Batch:
+        entry = self._entries[self.order.clip_at(position)]
+        mean, std, embeddings = read_sample(self._cache, entry)
+        posterior_noise, noise = draw_noise(self._seed, position, tuple(mean.shape))
+        latents = (mean + std * posterior_noise) * self._scaling_factor
+        dropped = draw_caption_dropped(self._seed, position, self._caption_dropout)
+        timestep = draw_timestep(self._seed, position, self._strata)
+        return Batch(
+            latents=latents.transpose(0, 1)[None],
+            noise=noise.transpose(0, 1)[None],
+            embeddings=(torch.zeros_like(embeddings) if dropped else embeddings)[None],
+            timesteps=torch.tensor([timestep]),
+            positions=[position],
+            clips=[entry.clip],
+            dropped=[dropped],
+        )
+
+
+def join_samples(samples: list[Batch]) -> Batch:
+    """One batch of several samples."""
+    return Batch(
+        latents=torch.cat([s.latents for s in samples]).contiguous(),
+        noise=torch.cat([s.noise for s in samples]).contiguous(),
+        embeddings=torch.cat([s.embeddings for s in samples]),
+        timesteps=torch.cat([s.timesteps for s in samples]),
+        positions=[p for s in samples for p in s.positions],
+        clips=[c for s in samples for c in s.clips],
+        dropped=[d for s in samples for d in s.dropped],
+    )
+
+
+class PositionSampler(Sampler[list[int]]):
+    """Global positions of this rank's micro-batches from one optimizer step to another.
+
+    Step s holds positions s G .. (s + 1) G - 1 for a global batch of G; rank r of n takes those that are r modulo n.
+    """
+
+    def __init__(
+        self, *, first_step: int, last_step: int, batch_size: int, accumulation: int, rank: int, world_size: int
+    ) -> None:
+        self._steps = range(first_step, last_step)
+        self._batch_size, self._accumulation = batch_size, accumulation
+        self._rank, self._world_size = rank, world_size
+
+    def __len__(self) -> int:
+        return len(self._steps) * self._accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        per_rank = self._batch_size * self._accumulation
+        for step in self._steps:
+            start = step * per_rank * self._world_size
+            mine = [start + i * self._world_size + self._rank for i in range(per_rank)]
+            for first in range(0, per_rank, self._batch_size):
+                yield mine[first : first + self._batch_size]
+
+
+def make_loader(
+    dataset: TrainingSet, sampler: PositionSampler, *, num_workers: int, pin_memory: bool
+) -> DataLoader[Batch]:
+    """The training loader; its workers stay a few batches ahead of the device."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=join_samples,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if num_workers else None,
+        persistent_workers=False,
+    )

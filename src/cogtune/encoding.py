@@ -1,0 +1,208 @@
+"""Fills the cache: captions through T5, clips through the VAE, each model alone on the device and gone afterwards.
+
+Several processes (or jobs) share the work: each takes every n-th missing entry and then waits until the others' are
+there, so a slow neighbour can't run into a collective's time limit. A killed run goes on where it stopped.
+"""
+
+import gc
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLCogVideoX
+from tqdm import tqdm
+
+from cogtune import models
+from cogtune.cache import Cache, make_key
+from cogtune.decoding import ClipDecoder, ClipFormat
+from cogtune.manifest import Clip
+from cogtune.models import ModelFacts
+from cogtune.video import ClipError
+
+_PREPROCESSING = "time-sampled; upright; bicubic antialias cover; centre crop; [-1, 1]; v1"
+TEXT_BATCH = 8
+
+
+def _no_wait() -> None:
+    """One process has nobody to wait for."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of a common job this process does, and how it waits for the others."""
+
+    rank: int = 0
+    world_size: int = 1
+    wait: Callable[[], None] = _no_wait
+
+    def of(self, keys: Iterable[str]) -> list[str]:
+        """This process's part of the keys: of all of them, since what is missing changes while others work."""
+        return sorted(keys)[self.rank :: self.world_size]
+
+
+class CacheKeys:
+    """Entry names for one model, clip format and precision; digests its VAE and text encoder once."""
+
+    def __init__(self, cache: Cache, facts: ModelFacts, clip_format: ClipFormat, dtype: torch.dtype) -> None:
+        self._cache, self._facts, self._format, self._dtype = cache, facts, clip_format, str(dtype)
+        self._vae = cache.digest_folder(facts.folder / "vae")
+        parts = [cache.digest_folder(facts.folder / name) for name in ("tokenizer", "text_encoder")]
+        self._text = make_key(parts=parts)
+
+    def text(self, caption: str) -> str:
+        """Key of a caption's embeddings."""
+        length = self._facts.max_text_length
+        return make_key(caption=caption, encoder=self._text, length=length, dtype=self._dtype)
+
+    def latents(self, clip: Clip) -> str:
+        """Key of a clip's VAE moments: the video's bytes, the segment, the preprocessing, the VAE."""
+        video, form = self._cache.digest_file(clip.video), self._format
+        shape = [form.num_frames, form.height, form.width, form.fps]
+        return make_key(
+            video=video,
+            start=clip.start,
+            end=clip.end,
+            format=shape,
+            how=_PREPROCESSING,
+            vae=self._vae,
+            dtype=self._dtype,
+        )
+
+
+def encode_captions(
+    captions: Iterable[str],
+    keys: CacheKeys,
+    cache: Cache,
+    facts: ModelFacts,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    share: Share,
+    quiet: bool = False,
+) -> None:
+    """Puts the T5 embeddings [L, D] of every distinct caption into the cache where they are missing."""
+    by_key = {keys.text(caption): caption for caption in captions}
+    mine = _find_missing("text", by_key, cache, share, quiet=quiet)
+    if mine:
+        tokenizer = models.load_tokenizer(facts)
+        encoder = models.load_text_encoder(facts, dtype).to(device)
+        for start in tqdm(range(0, len(mine), TEXT_BATCH), "captions", unit="batch", disable=quiet):
+            batch = mine[start : start + TEXT_BATCH]
+            embeddings = embed([by_key[key] for key in batch], tokenizer, encoder, facts.max_text_length)
+            for key, row in zip(batch, embeddings, strict=True):
+                cache.write("text", key, {"embeddings": row})
+        del encoder
+        release_memory(device)
+    _wait_for(by_key, lambda key: cache.has("text", key))
+
+
+@torch.inference_mode()
+def embed(captions: list[str], tokenizer: object, encoder: torch.nn.Module, length: int) -> torch.Tensor:
+    """T5 embeddings [B, L, D] padded to `length`; no mask, as the released models were trained."""
+    assert callable(tokenizer)
+    tokens = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    device = next(encoder.parameters()).device
+    return encoder(tokens.input_ids.to(device))[0]
+
+
+def count_cut_captions(captions: Sequence[str], facts: ModelFacts) -> int:
+    """How many captions are longer than the model's text length and lose their end."""
+    tokenizer = models.load_tokenizer(facts)
+    lengths = [len(ids) for ids in tokenizer(list(captions))["input_ids"]] if captions else []
+    return sum(length > facts.max_text_length for length in lengths)
+
+
+def encode_clips(
+    clips: Sequence[Clip],
+    keys: CacheKeys,
+    cache: Cache,
+    facts: ModelFacts,
+    clip_format: ClipFormat,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    share: Share,
+    num_workers: int,
+    timeout_seconds: float,
+    on_problem: Callable[[Clip, ClipError], None],
+    quiet: bool = False,
+) -> None:
+    """Puts the VAE moments of every clip into the cache where they are missing.
+
+    `on_problem` is called for a clip that can't be decoded; what it doesn't raise leaves the clip out.
+    """
+    by_key = {keys.latents(clip): clip for clip in clips}
+    mine = _find_missing("latents", by_key, cache, share, quiet=quiet)
+    if mine:
+        vae = models.load_vae(facts, dtype).to(device)
+        with ClipDecoder(clip_format, num_workers=num_workers, timeout_seconds=timeout_seconds) as decoder:
+            outcomes = decoder.decode([by_key[key] for key in mine])
+            for outcome in tqdm(outcomes, "clips", total=len(mine), unit="clip", disable=quiet):
+                key = mine[outcome.index]
+                if outcome.problem is not None:
+                    _mark_failed(cache, key, str(outcome.problem))
+                    on_problem(by_key[key], outcome.problem)
+                    continue
+                assert outcome.frames is not None
+                mean, logvar = encode_frames(vae, torch.from_numpy(outcome.frames))
+                cache.write("latents", key, {"mean": mean, "logvar": logvar})
+        del vae
+        release_memory(device)
+    _wait_for(by_key, lambda key: cache.has("latents", key) or _failed_path(cache, key).exists())
+
+
+def _find_missing(kind: str, keys: Iterable[str], cache: Cache, share: Share, *, quiet: bool) -> list[str]:
+    """This process's keys without a sound entry; every entry is read once and damaged ones are removed."""
+    mine = share.of(keys)
+    present = [key for key in mine if cache.has(kind, key)]
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        list(
+            tqdm(
+                pool.map(lambda key: cache.read(kind, key) is None, present),
+                f"checking {kind}",
+                total=len(present),
+                unit="entry",
+                disable=quiet or len(present) < 1000,
+            )
+        )
+    for key in mine:
+        _failed_path(cache, key).unlink(missing_ok=True)
+    share.wait()
+    return [key for key in mine if not cache.has(kind, key)]
+
+
+def _failed_path(cache: Cache, key: str) -> Path:
+    return cache.folder / "failed" / key
+
+
+def _mark_failed(cache: Cache, key: str, reason: str) -> None:
+    """Tells the other processes not to wait for this entry."""
+    path = _failed_path(cache, key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(reason)
+
+
+@torch.inference_mode()
+def encode_frames(vae: AutoencoderKLCogVideoX, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 [F, H, W, 3] to the posterior's mean and log-variance, each [C, F', H', W'], unscaled."""
+    pixels = frames.to(vae.device).permute(3, 0, 1, 2)[None]
+    pixels = (pixels.float() / 127.5 - 1.0).to(vae.dtype)
+    distribution = vae.encode(pixels).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
+    return distribution.mean[0], distribution.logvar[0]
+
+
+def _wait_for(keys: Iterable[str], there: Callable[[str], bool]) -> None:
+    remaining = [key for key in keys if not there(key)]
+    while remaining:
+        time.sleep(0.5)
+        remaining = [key for key in remaining if not there(key)]
+
+
+def release_memory(device: torch.device) -> None:
+    """Gives freed memory back to the device, so that the next model finds it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

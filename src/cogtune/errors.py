@@ -1,0 +1,21 @@
+"""The one error class for mistakes of the user, and how a command ends on it.
+
+`UserError` carries a message with the key or file, the value seen, the rule and the remedy. `run_command` turns it into
+`error: ...` on standard error and exit code 2. Any other exception is a defect of ours: its traceback shows, exit code 1.
+"""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Something the user gave is wrong; the message says what, why and how to mend it."""
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Runs a command's `main`; a `UserError` becomes one message and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

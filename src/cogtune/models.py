@@ -1,0 +1,280 @@
+"""The CogVideoX variants and what a pipeline folder says of itself.
+
+One table holds what no file says (hub name, precision, native length, size and frame rate, whether other sizes are
+supported). Everything else (layers, scaling factor, SNR shift, kind of positions, token length) is read from the
+folder's own configs, so any CogVideoX-shaped pipeline folder works, also one of other sizes.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
+
+from cogtune.errors import UserError
+
+COMPONENTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
+EMBEDDED = Path(__file__).parent / "embedded"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Scheduler = CogVideoXDDIMScheduler | CogVideoXDPMScheduler
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A released model: the facts that its files don't hold. A new variant is a new row of `VARIANTS`."""
+
+    hub_name: str | None
+    """Repository on the Hugging Face hub; None for a model that ships inside the package."""
+    dtype: torch.dtype
+    """The precision it was trained in and is fine-tuned in on a GPU."""
+    num_frames: int
+    height: int
+    width: int
+    fps: float
+    fixed_size: bool
+    """True: the model card supports this one length and size only."""
+    signature: dict[str, Any]
+    """The transformer config entries that tell this variant from the others."""
+
+
+VARIANTS = {
+    "cogvideox-2b": Variant(
+        "zai-org/CogVideoX-2b",
+        torch.float16,
+        49,
+        480,
+        720,
+        8.0,
+        True,
+        {"num_layers": 30, "num_attention_heads": 30, "use_rotary_positional_embeddings": False, "in_channels": 16},
+    ),
+    "cogvideox-5b": Variant(
+        "zai-org/CogVideoX-5b",
+        torch.bfloat16,
+        49,
+        480,
+        720,
+        8.0,
+        True,
+        {
+            "num_layers": 42,
+            "num_attention_heads": 48,
+            "use_rotary_positional_embeddings": True,
+            "in_channels": 16,
+            "patch_size_t": None,
+        },
+    ),
+    "tiny": Variant(None, torch.float32, 17, 64, 96, 8.0, False, {"num_layers": 6, "sample_height": 8}),
+}
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a run must know of its pipeline folder; lengths in frames or tokens, sizes in pixels."""
+
+    folder: Path
+    variant: str
+    """Row of `VARIANTS`, or "custom" for a folder with other sizes."""
+    dtype: torch.dtype
+    num_frames: int
+    height: int
+    width: int
+    fps: float
+    fixed_size: bool
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    in_channels: int
+    latent_channels: int
+    patch_size: int
+    patch_size_t: int | None
+    spatial_factor: int
+    temporal_factor: int
+    scaling_factor: float
+    use_rotary: bool
+    max_text_length: int
+    text_dim: int
+    transformer_config: dict[str, Any]
+    scheduler_config: dict[str, Any]
+
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Shape [F, C, H, W] of a clip's latents; the first frame is encoded alone."""
+        frames = (num_frames - 1) // self.temporal_factor + 1
+        return frames, self.latent_channels, height // self.spatial_factor, width // self.spatial_factor
+
+    def num_tokens(self, num_frames: int, height: int, width: int) -> int:
+        """Length of the transformer's sequence for one sample: text and video tokens."""
+        frames, _, rows, columns = self.latent_shape(num_frames, height, width)
+        frames = -(-frames // (self.patch_size_t or 1))
+        return self.max_text_length + frames * (rows // self.patch_size) * (columns // self.patch_size)
+
+
+def find_folder(name_or_path: str) -> Path:
+    """The local pipeline folder for a short name, a folder or a hub name (`model.path`).
+
+    Hub names are looked up in the hub's cache and downloaded by `huggingface_hub` where they are missing: configs and
+    safetensors only. Nothing else in this package touches the network. Raises `UserError` where nothing is found.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    row = VARIANTS.get(name_or_path)
+    if row is not None and row.hub_name is None:
+        embedded = EMBEDDED / name_or_path
+        if not embedded.is_dir():
+            raise UserError(f"model.path={name_or_path}: {embedded} is missing; reinstall the package")
+        return embedded
+    hub_name = row.hub_name if row is not None else name_or_path
+    if hub_name is None or hub_name.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
+        raise UserError(
+            f"model.path={name_or_path}: no such folder; give a pipeline folder, a hub name (owner/name) "
+            f"or one of {', '.join(VARIANTS)}"
+        )
+    return _download(hub_name)
+
+
+def _download(hub_name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(hub_name, allow_patterns=patterns, local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        return Path(snapshot_download(hub_name, allow_patterns=patterns))
+    except (LocalEntryNotFoundError, RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"model.path={hub_name}: not in the hub's cache, and the download failed "
+            f"({type(error).__name__}); check the name and the network, or give a local folder"
+        ) from error
+
+
+def read_facts(folder: Path) -> ModelFacts:
+    """Reads and checks a pipeline folder's configs without loading a weight; raises `UserError`."""
+    _check_components(folder)
+    transformer = _read_json(folder / "transformer" / "config.json")
+    vae = _read_json(folder / "vae" / "config.json")
+    text_encoder = _read_json(folder / "text_encoder" / "config.json")
+    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
+    for name in ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels"):
+        if name not in transformer:
+            raise UserError(f"{folder}/transformer/config.json: no '{name}'; is this a CogVideoX transformer?")
+    text_dim = transformer.get("text_embed_dim", 4096)
+    if text_encoder.get("d_model") != text_dim:
+        raise UserError(
+            f"{folder}: the text encoder is {text_encoder.get('d_model')} wide, the transformer expects {text_dim}; "
+            "the components come from different models"
+        )
+    name = find_variant(transformer)
+    row = VARIANTS.get(name)
+    rotary = bool(transformer.get("use_rotary_positional_embeddings", False))
+    spatial = 2 ** (len(vae["block_out_channels"]) - 1)
+    patch_size_t = transformer.get("patch_size_t")
+    return ModelFacts(
+        folder=folder,
+        variant=name,
+        dtype=row.dtype if row else (torch.bfloat16 if rotary else torch.float16),
+        num_frames=row.num_frames if row else transformer.get("sample_frames", 49),
+        height=row.height if row else transformer.get("sample_height", 60) * spatial,
+        width=row.width if row else transformer.get("sample_width", 90) * spatial,
+        fps=row.fps if row else (8.0 if patch_size_t is None else 16.0),
+        fixed_size=row.fixed_size if row else False,
+        num_layers=transformer["num_layers"],
+        num_heads=transformer["num_attention_heads"],
+        head_dim=transformer["attention_head_dim"],
+        in_channels=transformer["in_channels"],
+        latent_channels=vae.get("latent_channels", 16),
+        patch_size=transformer.get("patch_size", 2),
+        patch_size_t=patch_size_t,
+        spatial_factor=spatial,
+        temporal_factor=int(vae.get("temporal_compression_ratio", 4)),
+        scaling_factor=float(vae.get("scaling_factor", 1.15258426)),
+        use_rotary=rotary,
+        max_text_length=transformer.get("max_text_seq_length", 226),
+        text_dim=text_dim,
+        transformer_config=transformer,
+        scheduler_config=scheduler,
+    )
+
+
+def find_variant(transformer_config: dict[str, Any]) -> str:
+    """Name of the row of `VARIANTS` whose signature the transformer's config carries, else "custom"."""
+    for name, row in VARIANTS.items():
+        if row.hub_name and all(transformer_config.get(key) == value for key, value in row.signature.items()):
+            return name
+    return "custom"
+
+
+def _check_components(folder: Path) -> None:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise UserError(f"{folder}: no model_index.json; model.path must be a diffusers pipeline folder")
+    listed = _read_json(index)
+    missing = [name for name in COMPONENTS if name not in listed or not (folder / name).is_dir()]
+    if missing:
+        raise UserError(
+            f"{folder}: missing component(s) {', '.join(missing)}; a CogVideoX pipeline has all of "
+            f"{', '.join(COMPONENTS)}"
+        )
+    for name in ("text_encoder", "vae", "transformer"):
+        if any((folder / name).glob("*.safetensors")):
+            continue
+        pickled = sorted(path.name for path in (folder / name).glob("*.bin"))
+        if pickled:
+            raise UserError(
+                f"{folder}/{name}: only pickled weights ({pickled[0]}), which could run code when read; "
+                "convert them to safetensors"
+            )
+        raise UserError(f"{folder}/{name}: no weights (*.safetensors); the download or copy is incomplete")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; the download or copy of the model is incomplete") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); the download or copy of the model is damaged") from None
+
+
+def load_transformer(facts: ModelFacts, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
+    """The denoiser on the CPU, frozen, in evaluation mode."""
+    model = CogVideoXTransformer3DModel.from_pretrained(
+        facts.folder / "transformer", torch_dtype=dtype, use_safetensors=True
+    )
+    return model.requires_grad_(False).eval()
+
+
+def load_vae(facts: ModelFacts, dtype: torch.dtype) -> AutoencoderKLCogVideoX:
+    """The video autoencoder on the CPU, frozen, in evaluation mode."""
+    vae = AutoencoderKLCogVideoX.from_pretrained(facts.folder / "vae", torch_dtype=dtype, use_safetensors=True)
+    return vae.requires_grad_(False).eval()
+
+
+def load_text_encoder(facts: ModelFacts, dtype: torch.dtype) -> torch.nn.Module:
+    """The T5 encoder on the CPU, frozen, in evaluation mode."""
+    from transformers import T5EncoderModel
+
+    encoder = T5EncoderModel.from_pretrained(facts.folder / "text_encoder", dtype=dtype, use_safetensors=True)
+    return encoder.requires_grad_(False).eval()
+
+
+def load_tokenizer(facts: ModelFacts) -> Any:
+    """The tokenizer of the class that the pipeline's index names."""
+    import transformers
+
+    class_name = _read_json(facts.folder / "model_index.json")["tokenizer"][1]
+    return getattr(transformers, class_name).from_pretrained(facts.folder / "tokenizer")
+
+
+def load_scheduler(facts: ModelFacts) -> Scheduler:
+    """The sampler with the checkpoint's own config: the classes' defaults are wrong for every released model."""
+    class_name = _read_json(facts.folder / "model_index.json")["scheduler"][1]
+    classes = {"CogVideoXDDIMScheduler": CogVideoXDDIMScheduler, "CogVideoXDPMScheduler": CogVideoXDPMScheduler}
+    if class_name not in classes:
+        raise UserError(f"{facts.folder}: scheduler {class_name} is not known; expected {' or '.join(classes)}")
+    return classes[class_name].from_pretrained(facts.folder / "scheduler")
