@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -26,6 +25,20 @@ from cogtune.errors import UserError
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 ADAPTER_NAME = "default"
+# What decides the adapter's strength and shape. PEFT's config has more keys, but they change with its releases, and a
+# key that the reader's release doesn't know makes the file unreadable there.
+_METADATA_KEYS = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "use_rslora",
+    "use_dora",
+    "bias",
+    "rank_pattern",
+    "alpha_pattern",
+)
 
 
 class LoraLinear(PeftLinear):
@@ -103,6 +116,18 @@ def add_lora(transformer: CogVideoXTransformer3DModel, settings: AdapterSettings
             parameter.data = parameter.data.float()
 
 
+def count_adapter_parameters(meta_transformer: torch.nn.Module, settings: AdapterSettings) -> int:
+    """Parameters that `add_lora` would train, from a transformer's shapes; raises `UserError` like it."""
+    linears = dict(meta_transformer.named_modules())
+    total = 0
+    for name in match_targets(linear_names(meta_transformer), settings.target_modules):
+        layer = linears[name]
+        assert isinstance(layer, torch.nn.Linear)
+        total += settings.rank * (layer.in_features + layer.out_features)
+        total += layer.out_features if settings.use_dora else 0
+    return total
+
+
 def adapter_parameters(transformer: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The trainable parameters by name: exactly the adapter's."""
     return {name: p for name, p in transformer.named_parameters() if p.requires_grad}
@@ -119,41 +144,51 @@ def save_adapter(transformer: CogVideoXTransformer3DModel, folder: Path, *, trai
     Raises `RuntimeError` for an empty adapter, or one whose B is all zero although steps were trained: such files come
     out of sharded models that were not gathered, and load without a complaint.
     """
-    state = convert_state_dict_to_diffusers(adapter_state(transformer))
+    state = adapter_state(transformer)
     ups = [tensor for key, tensor in state.items() if "lora_B" in key]
     if not ups or any(tensor.numel() == 0 for tensor in state.values()):
         raise RuntimeError("the adapter's tensors are empty; they were not gathered before saving")
     if trained and not any(bool(tensor.any()) for tensor in ups):
         raise RuntimeError("every B matrix of the adapter is zero after training; no gradient reached it")
-    metadata = _plain_metadata(transformer.peft_config[ADAPTER_NAME].to_dict())
+    config = transformer.peft_config[ADAPTER_NAME].to_dict()
+    metadata = {key: sorted(v) if isinstance(v := config[key], set) else v for key in _METADATA_KEYS}
     CogVideoXPipeline.save_lora_weights(
         folder, transformer_lora_layers=state, transformer_lora_adapter_metadata=metadata
     )
-
-
-def _plain_metadata(config: dict[str, Any]) -> dict[str, Any]:
-    """PEFT's config as JSON can hold it, without what only this process knows."""
-    kept = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    return {key: value for key, value in kept.items() if key != "base_model_name_or_path" and _is_json(value)}
-
-
-def _is_json(value: object) -> bool:
-    try:
-        json.dumps(value)
-    except TypeError:
-        return False
-    return True
 
 
 def load_adapter_state(transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
     """Puts saved weights into an adapter that `add_lora` made (for resuming); strict about keys and shapes."""
     saved = read_adapter_file(folder)[0]
     state = {key.removeprefix("transformer."): tensor for key, tensor in saved.items()}
-    own = convert_state_dict_to_diffusers(adapter_state(transformer))
+    own = adapter_state(transformer)
     wrong = sorted(set(own) ^ set(state)) or [k for k in own if own[k].shape != state[k].shape]
     if wrong:
         raise UserError(f"{folder}: the saved adapter differs from the config's at {wrong[0]} ({len(wrong)} tensors)")
     set_peft_model_state_dict(transformer, state, adapter_name=ADAPTER_NAME)  # pyright: ignore[reportArgumentType]
+
+
+class TrainedAdapter:
+    """The adapter as the training loop sees it (`cogtune.trainer.Trained`)."""
+
+    def __init__(self, transformer: CogVideoXTransformer3DModel, model_card: str) -> None:
+        self.transformer, self._card = transformer, model_card
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The adapter's parameters by name."""
+        return adapter_parameters(self.transformer)
+
+    def save(self, folder: Path, *, trained: bool) -> None:
+        """Adapter file and model card."""
+        save_adapter(self.transformer, folder, trained=trained)
+        (folder / "README.md").write_text(self._card, encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        """The adapter's weights from a checkpoint."""
+        load_adapter_state(self.transformer, folder)
+
+    def after_step(self) -> None:
+        """Nothing to do after a step."""
 
 
 def find_adapter_file(path: Path) -> Path:

@@ -21,12 +21,16 @@ from safetensors.torch import save
 
 from cogtune.errors import UserError
 
-_CHUNK = 1 << 22
-
 
 def make_key(**parts: Any) -> str:
     """The entry name for everything that determines an entry's content."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
+
+
+def digest_bytes(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest_tensors(tensors: dict[str, torch.Tensor]) -> str:
@@ -113,15 +117,12 @@ class Cache:
                 return remembered["digest"]
         except (OSError, ValueError, KeyError, TypeError):
             pass  # no memo, or a damaged one: it is made again below
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
+        digest = digest_bytes(path)
         temporary = memo.with_name(f".{memo.stem}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
         memo.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({"seen": seen, "digest": digest.hexdigest()}))
+        temporary.write_text(json.dumps({"seen": seen, "digest": digest}))
         temporary.replace(memo)
-        return digest.hexdigest()
+        return digest
 
     def digest_folder(self, folder: Path) -> str:
         """One digest over a component's files (weights, config, vocabulary)."""

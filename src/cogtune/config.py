@@ -27,11 +27,13 @@ class ModelSettings(Section):
     """Hub name, local pipeline folder, or short name (tiny, cogvideox-2b, cogvideox-5b)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the base weights and activations; auto: the variant's own on a GPU, float32 on a CPU."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to run; auto: on a GPU where there is one."""
 
 
 class DataSettings(Section):
     manifest: Path | None = None
-    """Folder of videos with .txt captions, metadata.jsonl|csv, or prompts.txt + videos.txt; or a .jsonl or .csv file."""
+    """Folder (videos with .txt captions, metadata.jsonl|csv, prompts.txt + videos.txt) or a .jsonl or .csv file."""
     validation_manifest: Path | None = None
     """Clips for the evaluation loss only; without it, `validation_clips` are held out of `manifest`."""
     validation_clips: Annotated[int, Field(ge=0)] | None = None

@@ -108,11 +108,11 @@ def embed(captions: list[str], tokenizer: object, encoder: torch.nn.Module, leng
     return encoder(tokens.input_ids.to(device))[0]
 
 
-def count_cut_captions(captions: Sequence[str], facts: ModelFacts) -> int:
-    """How many captions are longer than the model's text length and lose their end."""
+def find_cut_captions(captions: Sequence[str], facts: ModelFacts) -> list[tuple[int, int]]:
+    """(index, number of tokens) of the captions longer than the model's text length, which lose their end."""
     tokenizer = models.load_tokenizer(facts)
     lengths = [len(ids) for ids in tokenizer(list(captions))["input_ids"]] if captions else []
-    return sum(length > facts.max_text_length for length in lengths)
+    return [(index, length) for index, length in enumerate(lengths) if length > facts.max_text_length]
 
 
 def encode_clips(

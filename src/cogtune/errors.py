@@ -1,7 +1,8 @@
 """The one error class for mistakes of the user, and how a command ends on it.
 
-`UserError` carries a message with the key or file, the value seen, the rule and the remedy. `run_command` turns it into
-`error: ...` on standard error and exit code 2. Any other exception is a defect of ours: its traceback shows, exit code 1.
+`UserError` carries a message with the key or file, the value seen, the rule and the remedy. `run_command` turns it
+into `error: ...` on standard error and exit code 2. Any other exception is a defect of ours: its traceback shows and
+the exit code is 1.
 """
 
 import sys

@@ -105,9 +105,8 @@ def _read_table(path: Path) -> list[tuple[str, dict[str, Any]]]:
         columns = set(rows[0][1])
         for names in (_VIDEO_COLUMNS, _CAPTION_COLUMNS):
             if not columns & set(names):
-                raise UserError(
-                    f"{path}: no '{names[0]}' column (nor {', '.join(names[1:])}); found {', '.join(map(str, rows[0][1]))}"
-                )
+                found = ", ".join(map(str, rows[0][1]))
+                raise UserError(f"{path}: no '{names[0]}' column (nor {', '.join(names[1:])}); found {found}")
     return rows
 
 

@@ -241,6 +241,33 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON ({error}); the download or copy of the model is damaged") from None
 
 
+def make_meta_transformer(facts: ModelFacts) -> CogVideoXTransformer3DModel:
+    """The transformer's layers and shapes without any memory, for counting and checking before weights load."""
+    with torch.device("meta"):
+        model = CogVideoXTransformer3DModel.from_config(facts.transformer_config)
+    assert isinstance(model, CogVideoXTransformer3DModel)
+    return model
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device for auto, cuda or cpu; raises `UserError` where CUDA is asked for and absent."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "cuda is asked for, but torch sees no GPU; check the driver and that torch is a CUDA build "
+            f"(it is {torch.__version__}), or choose cpu"
+        )
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(wanted: str, facts: ModelFacts, device: torch.device) -> torch.dtype:
+    """The precision for a setting; auto: the variant's own on a GPU, float32 on a CPU."""
+    if wanted == "auto":
+        return facts.dtype if device.type == "cuda" else torch.float32
+    if wanted == "float16" and device.type == "cpu":
+        raise UserError("float16 needs a GPU; use auto, float32 or bfloat16 on a CPU")
+    return DTYPES[wanted]
+
+
 def load_transformer(facts: ModelFacts, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
     """The denoiser on the CPU, frozen, in evaluation mode."""
     model = CogVideoXTransformer3DModel.from_pretrained(

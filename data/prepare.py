@@ -1,0 +1,31 @@
+"""Fills the cache: clips through the VAE, captions through T5. Training does the same where entries are missing.
+
+    accelerate launch data/prepare.py --config configs/lora/cogvideox-5b.yaml --data.manifest=clips/
+
+Several processes share the work; a killed run goes on where it stopped.
+"""
+
+from cogtune.cli import parse_run
+from cogtune.errors import run_command
+from cogtune.plan import make_data_plan
+from cogtune.run import encode_data, start_accelerator
+
+
+def main() -> None:
+    """Plan, encode."""
+    invocation = parse_run(__doc__ or "")
+    plan = make_data_plan(invocation.config)
+    if invocation.dry_run:
+        form = plan.clip_format
+        print(
+            f"{len(plan.train_clips)} + {len(plan.validation_clips)} clips of {form.num_frames} frames, "
+            f"{form.width}x{form.height} at {form.fps:g} fps, for {plan.facts.folder}"
+        )
+        return
+    accelerator = start_accelerator(plan)
+    encode_data(plan, accelerator)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_command(main)

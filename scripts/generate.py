@@ -1,0 +1,47 @@
+"""Generates videos with CogVideoX and trained adapters.
+
+    python scripts/generate.py --model cogvideox-5b --lora runs/my-lora/final --prompt "..." --seed 1 --output out.mp4
+
+Several prompts, seeds or both give several files: out-00-1.mp4, out-00-2.mp4, ...
+"""
+
+from cogtune.errors import run_command
+from cogtune.generation import (
+    check_request,
+    generate,
+    load_adapters,
+    load_pipeline,
+    place_pipeline,
+    quantize_transformer,
+)
+from cogtune.generation_options import make_requests, output_path, parse_generation
+from cogtune.models import choose_device, choose_dtype, find_folder, read_facts
+from cogtune.video import write_video
+
+
+def main() -> None:
+    """Check, load, generate, write."""
+    options = parse_generation(__doc__ or "")
+    device = choose_device(options.device)
+    facts = read_facts(find_folder(options.model))
+    requests = make_requests(options, facts)
+    for request in requests:
+        check_request(request, facts, allow_unsupported_size=options.allow_unsupported_size)
+
+    pipeline = load_pipeline(facts, dtype=choose_dtype(options.dtype, facts, device), sampler=options.sampler)
+    for line in load_adapters(pipeline, options.lora):
+        print(line)
+    quantize_transformer(pipeline, options.quantize, device)
+    place_pipeline(pipeline, device, offload=options.offload, vae_tiling=options.vae_tiling)
+    if options.compile:
+        for block in pipeline.transformer.transformer_blocks:
+            block.compile(dynamic=False)
+    for number, request in enumerate(requests):
+        frames = generate(pipeline, request, max_text_length=facts.max_text_length)
+        path = output_path(options, number, request.seed)
+        write_video(path, frames, options.fps or facts.fps)
+        print(path)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,79 @@
+"""The transformer as training sees it: rotary positions, casts at its border, and the loss of a batch.
+
+Noising, target and loss are float32 (`cogtune.diffusion`); only what enters the transformer is cast to its precision.
+"""
+
+import torch
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+
+from cogtune import diffusion
+from cogtune.dataset import Batch
+from cogtune.models import ModelFacts
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
+
+
+def make_rotary(
+    facts: ModelFacts, num_latent_frames: int, height: int, width: int, device: torch.device
+) -> Rotary | None:
+    """cos and sin [video tokens, head_dim] for a clip of that size in pixels; None for models with added positions.
+
+    Only video tokens rotate. The grid is diffusers' for version 1.0: `linspace` over the resize-crop region.
+    """
+    if not facts.use_rotary:
+        return None
+    rows, columns = (size // (facts.spatial_factor * facts.patch_size) for size in (height, width))
+    config = facts.transformer_config
+    base_rows, base_columns = (
+        config.get(k, d) // facts.patch_size for k, d in (("sample_height", 60), ("sample_width", 90))
+    )
+    region = get_resize_crop_region_for_grid((rows, columns), base_columns, base_rows)
+    return get_3d_rotary_pos_embed(
+        embed_dim=facts.head_dim,
+        crops_coords=region,
+        grid_size=(rows, columns),
+        temporal_size=num_latent_frames,
+        device=device,
+    )
+
+
+class Denoiser:
+    """Turns batches into losses with a given transformer (wrapped or not)."""
+
+    def __init__(
+        self,
+        facts: ModelFacts,
+        *,
+        num_latent_frames: int,
+        height: int,
+        width: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        min_snr_gamma: float | None,
+    ) -> None:
+        self.alphas_cumprod = diffusion.make_alphas_cumprod(facts.scheduler_config).to(device)
+        self._rotary = make_rotary(facts, num_latent_frames, height, width, device)
+        self._dtype, self._gamma = dtype, min_snr_gamma
+
+    def predict(
+        self, transformer: torch.nn.Module, noisy: torch.Tensor, embeddings: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """v [B, F, C, H, W] for noisy latents of that shape, embeddings [B, L, D] and timesteps [B]."""
+        return transformer(
+            hidden_states=noisy.to(self._dtype),
+            encoder_hidden_states=embeddings.to(self._dtype),
+            timestep=timesteps,
+            image_rotary_emb=self._rotary,
+            return_dict=False,
+        )[0]
+
+    def losses(self, transformer: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """The v loss of each sample, float32 [B], weighted where min-SNR is on."""
+        abar = self.alphas_cumprod
+        noisy = diffusion.add_noise(batch.latents, batch.noise, batch.timesteps, abar)
+        target = diffusion.velocity(batch.latents, batch.noise, batch.timesteps, abar)
+        losses = diffusion.sample_losses(self.predict(transformer, noisy, batch.embeddings, batch.timesteps), target)
+        if self._gamma is not None:
+            losses = losses * diffusion.min_snr_weights(batch.timesteps, abar, self._gamma)
+        return losses

@@ -1,0 +1,228 @@
+"""Generates videos with the released pipeline: the one implementation behind `scripts/generate.py` and validation.
+
+pipeline = load_pipeline(facts, dtype=torch.bfloat16)
+reports = load_adapters(pipeline, [(Path("runs/my-lora/final"), 1.0)])
+place_pipeline(pipeline, device, offload="none")
+frames = generate(pipeline, Request("a red ball", num_frames=49, height=480, width=720))
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline
+
+from cogtune import models
+from cogtune.adapter import check_adapter_fits, find_adapter_file, read_adapter_file
+from cogtune.errors import UserError
+from cogtune.models import ModelFacts
+
+Offload = Literal["none", "model", "sequential"]
+Quantization = Literal["none", "int8", "float8"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One video to make."""
+
+    prompt: str
+    num_frames: int
+    height: int
+    width: int
+    seed: int = 0
+    negative_prompt: str = ""
+    num_inference_steps: int = 50
+    guidance_scale: float = 6.0
+    dynamic_guidance: bool = False
+    """Guidance that grows along the steps (the vendor's choice for 5B with the DPM sampler)."""
+
+
+def check_request(request: Request, facts: ModelFacts, *, allow_unsupported_size: bool = False) -> None:
+    """Raises `UserError` for a length or size that the model can't make or wasn't trained for."""
+    check_size(facts, request.num_frames, request.height, request.width, allow_unsupported_size=allow_unsupported_size)
+    if not request.prompt.strip():
+        raise UserError("--prompt is empty; describe the video")
+
+
+def check_size(
+    facts: ModelFacts, num_frames: int, height: int, width: int, *, allow_unsupported_size: bool = False
+) -> None:
+    """Raises `UserError` unless the frames are 4k + 1, the size divides into patches and the model supports both."""
+    if (num_frames - 1) % facts.temporal_factor:
+        below = (num_frames - 1) // facts.temporal_factor * facts.temporal_factor + 1
+        raise UserError(
+            f"num_frames={num_frames}: must be {facts.temporal_factor}k + 1, such as {below} or "
+            f"{below + facts.temporal_factor}: the VAE encodes the first frame alone and the rest in fours"
+        )
+    multiple = facts.spatial_factor * facts.patch_size
+    for name, size in (("height", height), ("width", width)):
+        if size % multiple:
+            raise UserError(f"{name}={size}: must be a multiple of {multiple} pixels (VAE and patches)")
+    native = (facts.num_frames, facts.height, facts.width)
+    if facts.fixed_size and (num_frames, height, width) != native and not allow_unsupported_size:
+        raise UserError(
+            f"{num_frames} frames of {width}x{height}: {facts.variant} supports {native[0]} frames of "
+            f"{native[2]}x{native[1]} only (model card); keep that, or allow it outright with "
+            "data.allow_unsupported_size=true (training) or --allow-unsupported-size (generation)"
+        )
+
+
+def make_pipeline(facts: ModelFacts, **components: Any) -> CogVideoXPipeline:
+    """A released pipeline from loaded components; absent ones (None) are fine where they aren't used."""
+    parts = {name: components.get(name) for name in models.COMPONENTS}
+    pipeline = CogVideoXPipeline(**parts)  # pyright: ignore[reportArgumentType]
+    pipeline.vae_scale_factor_spatial = facts.spatial_factor
+    pipeline.vae_scale_factor_temporal = facts.temporal_factor
+    pipeline.vae_scaling_factor_image = facts.scaling_factor
+    return pipeline
+
+
+def load_pipeline(
+    facts: ModelFacts, *, dtype: torch.dtype, sampler: Literal["default", "ddim", "dpm"] = "default"
+) -> CogVideoXPipeline:
+    """The whole pipeline on the CPU, its sampler the checkpoint's own unless told otherwise."""
+    scheduler = models.load_scheduler(facts)
+    if sampler != "default":
+        chosen = CogVideoXDDIMScheduler if sampler == "ddim" else CogVideoXDPMScheduler
+        scheduler = chosen.from_config(scheduler.config, timestep_spacing="trailing")
+    return make_pipeline(
+        facts,
+        tokenizer=models.load_tokenizer(facts),
+        text_encoder=models.load_text_encoder(facts, dtype),
+        vae=models.load_vae(facts, dtype),
+        transformer=models.load_transformer(facts, dtype),
+        scheduler=scheduler,
+    )
+
+
+def load_adapters(pipeline: CogVideoXPipeline, adapters: Sequence[tuple[Path, float]]) -> list[str]:
+    """Loads adapters (file or folder, scale) through diffusers; one line each on what it touches.
+
+    Raises `UserError` for a file that is no adapter or another model's.
+    """
+    names, scales, reports = [], [], []
+    for number, (path, scale) in enumerate(adapters):
+        state, config = read_adapter_file(path)
+        check_adapter_fits(state, pipeline.transformer, path)
+        file = find_adapter_file(path)
+        name = f"lora{number}"
+        pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
+        names.append(name)
+        scales.append(scale)
+        reports.append(_describe_adapter(path, state, config, scale))
+    if names:
+        pipeline.set_adapters(names, scales)
+    return reports
+
+
+def _describe_adapter(path: Path, state: dict[str, torch.Tensor], config: dict[str, Any], scale: float) -> str:
+    layers = [key.split(".lora_")[0] for key in state if ".lora_B." in key]
+    kinds = Counter(layer.split(".", 3)[-1] for layer in layers)
+    ranks = sorted({tensor.shape[1] for key, tensor in state.items() if ".lora_B." in key})
+    listed = ", ".join(f"{kind} x {count}" for kind, count in sorted(kinds.items()))
+    if config:
+        trained = f"alpha {config.get('lora_alpha')}" + (", rsLoRA" if config.get("use_rslora") else "")
+        trained += ", DoRA" if config.get("use_dora") else ""
+    else:
+        trained = "no alpha in the file: taken as alpha = rank"
+    return f"{path}: {len(layers)} layers ({listed}); rank {'/'.join(map(str, ranks))}, {trained}; scale {scale:g}"
+
+
+def place_pipeline(
+    pipeline: CogVideoXPipeline, device: torch.device, *, offload: Offload = "none", vae_tiling: bool = True
+) -> None:
+    """Moves the pipeline to the device: all of it, one model at a time, or one layer at a time."""
+    if offload != "none" and device.type == "cpu":
+        raise UserError(f"--offload {offload}: there is no GPU to offload from; leave it out")
+    if vae_tiling:
+        pipeline.vae.enable_tiling()
+    if offload == "model":
+        pipeline.enable_model_cpu_offload(device=device)
+    elif offload == "sequential":
+        pipeline.enable_sequential_cpu_offload(device=device)
+    else:
+        pipeline.to(device)
+
+
+def quantize_transformer(pipeline: CogVideoXPipeline, kind: Quantization, device: torch.device) -> None:
+    """Merges the adapters into the weights and quantizes the linear layers with torchao."""
+    if kind == "none":
+        return
+    try:
+        from torchao.quantization import (  # optional extra
+            Float8DynamicActivationFloat8WeightConfig,
+            Int8WeightOnlyConfig,
+            PerRow,
+            quantize_,
+        )
+    except ImportError:
+        raise UserError(f"--quantize {kind}: torchao is not installed; pip install 'cogtune[quantize]'") from None
+    if kind == "float8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
+        raise UserError("--quantize float8: needs a GPU of compute capability 8.9 or newer; use int8")
+    if getattr(pipeline.transformer, "peft_config", None):
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+    configs = {
+        "int8": Int8WeightOnlyConfig(),
+        "float8": Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()),
+    }
+    quantize_(
+        pipeline.transformer.transformer_blocks,
+        configs[kind],
+        filter_fn=lambda module, name: isinstance(module, torch.nn.Linear) and "norm" not in name,
+    )
+
+
+def generate(pipeline: CogVideoXPipeline, request: Request, *, max_text_length: int = 226) -> np.ndarray:
+    """One video, uint8 RGB [F, H, W, 3], from a whole pipeline."""
+    video = pipeline(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        max_sequence_length=max_text_length,
+        output_type="pt",
+        **_sampling_arguments(request),
+    ).frames[0]
+    return _to_uint8(video.permute(0, 2, 3, 1))
+
+
+@torch.no_grad()
+def generate_latents(
+    pipeline: CogVideoXPipeline, request: Request, embeddings: torch.Tensor, negative_embeddings: torch.Tensor
+) -> torch.Tensor:
+    """Sampled latents [1, F, C, H, W], scaled, from embeddings [L, D]; needs transformer and scheduler only."""
+    guided = request.guidance_scale > 1.0
+    return pipeline(
+        prompt_embeds=embeddings[None],
+        negative_prompt_embeds=negative_embeddings[None] if guided else None,
+        output_type="latent",
+        **_sampling_arguments(request),
+    ).frames
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKLCogVideoX, latents: torch.Tensor, scaling_factor: float) -> np.ndarray:
+    """Latents [1, F, C, H, W] to uint8 RGB [F, H, W, 3]."""
+    unscaled = latents.to(vae.device, vae.dtype).transpose(1, 2) / scaling_factor
+    video = vae.decode(unscaled).sample[0]  # pyright: ignore[reportAttributeAccessIssue]  # [C, F, H, W]
+    return _to_uint8((video.float() / 2 + 0.5).clamp(0, 1).permute(1, 2, 3, 0))
+
+
+def _sampling_arguments(request: Request) -> dict[str, Any]:
+    return {
+        "num_frames": request.num_frames,
+        "height": request.height,
+        "width": request.width,
+        "num_inference_steps": request.num_inference_steps,
+        "guidance_scale": request.guidance_scale,
+        "use_dynamic_cfg": request.dynamic_guidance,
+        # On the CPU: the same seed gives the same noise whatever the device.
+        "generator": torch.Generator("cpu").manual_seed(request.seed),
+    }
+
+
+def _to_uint8(video: torch.Tensor) -> np.ndarray:
+    return (video.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()

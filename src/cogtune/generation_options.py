@@ -1,0 +1,148 @@
+"""The command line of `scripts/generate.py`."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NoReturn
+
+from cogtune.errors import UserError
+from cogtune.generation import Offload, Quantization, Request
+from cogtune.models import ModelFacts
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """What the user asked for."""
+
+    model: str
+    prompts: list[str]
+    seeds: list[int]
+    lora: list[tuple[Path, float]]
+    output: Path
+    negative_prompt: str
+    steps: int
+    guidance: float
+    dynamic_guidance: bool
+    sampler: Literal["default", "ddim", "dpm"]
+    frames: int | None
+    height: int | None
+    width: int | None
+    fps: float | None
+    allow_unsupported_size: bool
+    device: str
+    dtype: str
+    offload: Offload
+    quantize: Quantization
+    vae_tiling: bool
+    compile: bool
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def parse_adapter(text: str) -> tuple[Path, float]:
+    """`PATH[:scale]`; a colon that no number follows belongs to the path."""
+    path, colon, scale = text.rpartition(":")
+    if colon:
+        try:
+            return Path(path), float(scale)
+        except ValueError:
+            pass  # no scale behind the colon
+    return Path(text), 1.0
+
+
+def parse_generation(description: str, argv: list[str] | None = None) -> GenerationOptions:
+    """The options from the command line; raises `UserError` for wrong usage."""
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--model", required=True, help="hub name, pipeline folder, or tiny, cogvideox-2b, cogvideox-5b")
+    add("--prompt", action="append", default=[], help="what the video shows; may be repeated")
+    add("--prompts-file", type=Path, help="a text file with one prompt a line")
+    add("--seed", type=int, action="append", default=[], help="may be repeated; default 0")
+    add("--lora", action="append", default=[], metavar="PATH[:SCALE]", help="adapter folder or file; may be repeated")
+    add("--output", type=Path, required=True, help="an .mp4 file; several videos get -<nn>-<seed> before the ending")
+    add("--negative-prompt", default="", help="what guidance leads away from")
+    add("--steps", type=int, default=50, help="sampling steps")
+    add("--guidance", type=float, default=6.0, help="classifier-free guidance; 1: none")
+    add("--dynamic-guidance", action="store_true", help="guidance that grows along the steps")
+    add("--sampler", choices=["default", "ddim", "dpm"], default="default", help="default: the checkpoint's own")
+    for name in ("frames", "height", "width"):
+        add(f"--{name}", type=int, help="default: the model's own")
+    add("--fps", type=float, help="frame rate of the file; default: the model's own")
+    add("--allow-unsupported-size", action="store_true", help="sizes that the model card doesn't support")
+    add("--device", choices=["auto", "cuda", "cpu"], default="auto")
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    add("--offload", choices=["none", "model", "sequential"], default="none", help="less GPU memory, slower")
+    add("--quantize", choices=["none", "int8", "float8"], default="none", help="smaller transformer weights (torchao)")
+    add("--no-vae-tiling", action="store_true", help="decode in one piece: faster, more memory")
+    add("--compile", action="store_true", help="compile the transformer's blocks: pays from the second video on")
+    given = parser.parse_args(argv)
+    prompts = [*given.prompt, *(_read_prompts(given.prompts_file) if given.prompts_file else [])]
+    if not prompts:
+        raise UserError("no prompt; give --prompt TEXT or --prompts-file FILE")
+    if given.steps < 1 or given.guidance < 1:
+        raise UserError(f"--steps {given.steps} --guidance {given.guidance:g}: both must be at least 1")
+    if given.output.suffix.lower() != ".mp4":
+        raise UserError(f"--output {given.output}: must end in .mp4")
+    return GenerationOptions(
+        model=given.model,
+        prompts=prompts,
+        seeds=given.seed or [0],
+        lora=[parse_adapter(text) for text in given.lora],
+        output=given.output,
+        negative_prompt=given.negative_prompt,
+        steps=given.steps,
+        guidance=given.guidance,
+        dynamic_guidance=given.dynamic_guidance,
+        sampler=given.sampler,
+        frames=given.frames,
+        height=given.height,
+        width=given.width,
+        fps=given.fps,
+        allow_unsupported_size=given.allow_unsupported_size,
+        device=given.device,
+        dtype=given.dtype,
+        offload=given.offload,
+        quantize=given.quantize,
+        vae_tiling=not given.no_vae_tiling,
+        compile=given.compile,
+    )
+
+
+def _read_prompts(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"--prompts-file {path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts-file {path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+def make_requests(options: GenerationOptions, facts: ModelFacts) -> list[Request]:
+    """One request for each prompt and seed."""
+    return [
+        Request(
+            prompt,
+            options.frames or facts.num_frames,
+            options.height or facts.height,
+            options.width or facts.width,
+            seed,
+            options.negative_prompt,
+            options.steps,
+            options.guidance,
+            options.dynamic_guidance,
+        )
+        for prompt in options.prompts
+        for seed in options.seeds
+    ]
+
+
+def output_path(options: GenerationOptions, number: int, seed: int) -> Path:
+    """The file of the n-th request."""
+    if len(options.prompts) * len(options.seeds) == 1:
+        return options.output
+    prompt = number // len(options.seeds)
+    return options.output.with_name(f"{options.output.stem}-{prompt:02d}-{seed}{options.output.suffix}")

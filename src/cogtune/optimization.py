@@ -1,0 +1,104 @@
+"""The optimizer, its learning rate, and the guard that keeps a bad step out of the weights without stopping the GPU.
+
+Clipping, loss scaling and the finite check are one multiplication by a number on the device; AdamW's fused kernel
+skips its update where the guard says so. The host learns of it at the next logging step.
+"""
+
+import math
+
+import torch
+
+from cogtune.config import OptimizerSettings, ScheduleSettings
+
+FIRST_LOSS_SCALE = 2.0**16
+SCALE_GROWTH_STEPS = 2000
+MAX_OVERFLOWS_IN_A_ROW = 20
+
+
+def make_optimizer(parameters: list[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.AdamW:
+    """Float32 AdamW; the fused kernel is also what can skip a step on the device."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+
+def learning_rate_at(step: int, max_steps: int, peak: float, schedule: ScheduleSettings) -> float:
+    """Learning rate of step `step` (counted from 0): a pure function, so resuming needs no state."""
+    warmup = min(schedule.warmup_steps, max_steps // 10)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule.name == "constant":
+        return peak
+    progress = (step - warmup) / max(1, max_steps - warmup)
+    shape = 0.5 * (1 + math.cos(math.pi * progress)) if schedule.name == "cosine" else 1.0 - progress
+    return peak * (schedule.final_ratio + (1 - schedule.final_ratio) * shape)
+
+
+class StepGuard:
+    """Scales the loss (float16 only), unscales and clips gradients, and decides on the device whether a step counts.
+
+    Without loss scaling, the first step with non-finite gradients and all later ones are skipped, so the weights stay
+    those of the last good step until the host stops the run. With it, an overflow skips that step and halves the
+    scale, as usual; only a run of overflows is fatal.
+    """
+
+    def __init__(self, device: torch.device, *, use_loss_scale: bool, max_grad_norm: float | None) -> None:
+        self._use_scale, self._max_norm = use_loss_scale, max_grad_norm
+        scale = FIRST_LOSS_SCALE if use_loss_scale else 1.0
+        self.scale = torch.tensor(scale, device=device)
+        self._good_in_a_row = torch.zeros((), device=device)
+        self._bad_in_a_row = torch.zeros((), device=device)
+        self._skipped = torch.zeros((), device=device)
+        self._failed = torch.zeros((), device=device)
+
+    @torch.no_grad()
+    def apply(self, optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+        """Prepares the gradients for the step; returns their norm before clipping, float32 on the device."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients) / self.scale
+        good = norm.isfinite()
+        factor = 1.0 / self.scale
+        if self._max_norm is not None:
+            factor = factor * (self._max_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, factor)
+        bad = (~good).float()
+        self._bad_in_a_row = (self._bad_in_a_row + 1) * bad
+        if self._use_scale:
+            skip = bad
+            self._skipped += bad
+            self._good_in_a_row = (self._good_in_a_row + 1) * (1 - bad)
+            grow = (self._good_in_a_row >= SCALE_GROWTH_STEPS).float()
+            self.scale = self.scale * (1 - 0.5 * bad) * (1 + grow)
+            self._good_in_a_row = self._good_in_a_row * (1 - grow)
+            self._failed = torch.maximum(self._failed, (self._bad_in_a_row >= MAX_OVERFLOWS_IN_A_ROW).float())
+        else:
+            self._failed = torch.maximum(self._failed, bad)
+            skip = self._failed
+        # Read by the fused AdamW kernel: 1 leaves weights and state as they are.
+        optimizer.found_inf = skip.reshape(())  # pyright: ignore[reportAttributeAccessIssue]
+        optimizer.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
+        return norm
+
+    def has_failed(self) -> bool:
+        """Whether the run must stop; waits for the device."""
+        return bool(self._failed.item())
+
+    @property
+    def num_skipped(self) -> int:
+        """Steps skipped by overflows of float16; waits for the device."""
+        return int(self._skipped.item())
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        return {"scale": self.scale.item(), "good": self._good_in_a_row.item(), "skipped": self._skipped.item()}
+
+    def load(self, state: dict[str, float]) -> None:
+        """Puts a checkpoint's values back."""
+        self.scale.fill_(state["scale"])
+        self._good_in_a_row.fill_(state["good"])
+        self._skipped.fill_(state["skipped"])

@@ -1,0 +1,158 @@
+"""The resolved plan of a run: everything that can be known and checked before a weight is loaded."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from cogtune import models
+from cogtune.adapter import count_adapter_parameters
+from cogtune.cache import Cache
+from cogtune.config import RunConfig
+from cogtune.decoding import ClipFormat, default_workers
+from cogtune.errors import UserError
+from cogtune.generation import check_size
+from cogtune.manifest import Clip, read_manifest, split_validation
+from cogtune.memory import ACTIVATIONS_FAST_TO_SLOW, GIB, MemoryPlan, choose_activations, free_device_bytes, predict
+from cogtune.models import ModelFacts
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """What the data commands need: the model's facts, the clips and their format."""
+
+    config: RunConfig
+    facts: ModelFacts
+    device: torch.device
+    dtype: torch.dtype
+    clip_format: ClipFormat
+    train_clips: list[Clip]
+    validation_clips: list[Clip]
+    num_workers: int
+
+    def make_cache(self) -> Cache:
+        """The run's cache, checked to be writable."""
+        cache = Cache(self.config.data.cache_dir)
+        cache.check_writable()
+        return cache
+
+    def prompts(self) -> list[str]:
+        """Every text that validation generates from."""
+        validation = self.config.validation
+        wanted = validation.enabled and bool(validation.prompts)
+        return [*validation.prompts, validation.negative_prompt] if wanted else []
+
+
+@dataclass(frozen=True)
+class TrainingPlan(DataPlan):
+    """A whole training run."""
+
+    world_size: int
+    num_parameters: int
+    num_trainable: int
+    tokens: int
+    memory: MemoryPlan
+    free_bytes: int | None
+    compiled: bool
+
+    @property
+    def global_batch(self) -> int:
+        """Samples in one optimizer step."""
+        train = self.config.train
+        return train.batch_size * train.gradient_accumulation_steps * self.world_size
+
+    def describe(self) -> str:
+        """The plan for a person, one fact a line."""
+        config, form, facts = self.config, self.clip_format, self.facts
+        samples = config.train.max_steps * self.global_batch
+        epoch = sum(clip.weight for clip in self.train_clips)
+        free = "unknown (CPU)" if self.free_bytes is None else f"{self.free_bytes / GIB:.1f} GiB"
+        rows = {
+            "model": f"{facts.variant} at {facts.folder}",
+            "precision": f"{str(self.dtype)[6:]} base on {self.device.type}, float32 trained weights",
+            "parameters": f"{self.num_parameters:,} frozen, {self.num_trainable:,} trained "
+            f"({100 * self.num_trainable / self.num_parameters:.2f} %)",
+            "clips": f"{len(self.train_clips)} to train on, {len(self.validation_clips)} held out",
+            "format": f"{form.num_frames} frames of {form.width}x{form.height} at {form.fps:g} fps",
+            "tokens": f"{self.tokens:,} a sample",
+            "batch": f"{config.train.batch_size} x {config.train.gradient_accumulation_steps} accumulated x "
+            f"{self.world_size} process(es) = {self.global_batch} samples a step",
+            "steps": f"{config.train.max_steps:,} = {samples:,} samples = {samples / epoch:.1f} epochs",
+            "memory": f"{self.memory.describe()}; free: {free}",
+            "compiled": "each block" if self.compiled else "no",
+            "output": str(config.output_dir),
+        }
+        return "\n".join(f"{name:<11} {value}" for name, value in rows.items())
+
+
+def make_data_plan(config: RunConfig) -> DataPlan:
+    """Reads the model's configs and the manifests; raises `UserError` for anything wrong in them."""
+    if config.data.manifest is None:
+        raise UserError("data.manifest is not set; give a folder of clips with captions, a .jsonl or a .csv file")
+    device = models.choose_device(config.model.device)
+    facts = models.read_facts(models.find_folder(config.model.path))
+    if facts.patch_size_t is not None or facts.in_channels != facts.latent_channels:
+        raise UserError(f"model.path={config.model.path}: only text-to-video models of version 1.0 are supported")
+    data = config.data
+    form = ClipFormat(
+        data.num_frames or facts.num_frames,
+        data.height or facts.height,
+        data.width or facts.width,
+        data.fps or facts.fps,
+    )
+    check_size(facts, form.num_frames, form.height, form.width, allow_unsupported_size=data.allow_unsupported_size)
+    options = {"id_token": data.id_token, "allow_outside_root": data.allow_outside_root}
+    clips = read_manifest(data.manifest, **options)
+    if data.validation_manifest is not None:
+        train, validation = clips, read_manifest(data.validation_manifest, **options)
+    else:
+        train, validation = split_validation(clips, data.validation_clips, config.train.seed)
+    if not any(clip.weight for clip in train):
+        raise UserError(f"data.manifest={data.manifest}: every clip has weight 0; give at least one a weight above it")
+    return DataPlan(
+        config=config,
+        facts=facts,
+        device=device,
+        dtype=models.choose_dtype(config.model.dtype, facts, device),
+        clip_format=form,
+        train_clips=train,
+        validation_clips=validation,
+        num_workers=default_workers() if data.num_workers is None else data.num_workers,
+    )
+
+
+def make_adapter_plan(config: RunConfig) -> TrainingPlan:
+    """The plan of a LoRA run; raises `UserError` for anything that can be known to fail."""
+    data = make_data_plan(config)
+    meta = models.make_meta_transformer(data.facts)
+    num_trainable = count_adapter_parameters(meta, config.adapter)
+    return _add_training(data, sum(p.numel() for p in meta.parameters()), num_trainable)
+
+
+def _add_training(data: DataPlan, num_parameters: int, num_trainable: int) -> TrainingPlan:
+    config, form = data.config, data.clip_format
+    tokens = data.facts.num_tokens(form.num_frames, form.height, form.width)
+    plans = [
+        predict(
+            data.facts,
+            activations,
+            num_parameters=num_parameters,
+            num_trainable=num_trainable,
+            tokens=tokens,
+            batch_size=config.train.batch_size,
+            dtype=data.dtype,
+        )
+        for activations in ACTIVATIONS_FAST_TO_SLOW
+    ]
+    free = free_device_bytes(data.device)
+    compiled = {"on": True, "off": False, "auto": data.device.type == "cuda"}[config.train.compile]
+    return TrainingPlan(
+        **vars(data),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        num_parameters=num_parameters,
+        num_trainable=num_trainable,
+        tokens=tokens,
+        memory=choose_activations(plans, config.memory.mode, free),
+        free_bytes=free,
+        compiled=compiled,
+    )

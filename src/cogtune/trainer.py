@@ -1,0 +1,274 @@
+"""The one training loop. LoRA and full fine-tuning differ in the `Trained` that they pass in.
+
+The host waits for the device on logging steps only (and before a checkpoint). In a distributed run it also stays at
+most one step ahead, so that all ranks agree on when to save and stop.
+"""
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader
+
+from cogtune.checkpoint import Checkpoint, CheckpointFolder, load_optimizer, save_optimizer
+from cogtune.config import RunConfig
+from cogtune.dataset import Batch
+from cogtune.denoiser import Denoiser
+from cogtune.draws import derive_seed
+from cogtune.errors import UserError
+from cogtune.optimization import StepGuard, learning_rate_at
+from cogtune.tracking import MetricsLog, Progress
+
+GIB = 1 << 30
+
+
+class Trained(Protocol):
+    """What a run trains: the adapter of a transformer, or all of it."""
+
+    transformer: Any
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The trained parameters by name."""
+        ...
+
+    def save(self, folder: Path, *, trained: bool) -> None:
+        """Writes the trained weights, and what a user needs to use them, into a folder."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Reads what `save` wrote."""
+        ...
+
+    def after_step(self) -> None:
+        """Called after every optimizer step."""
+        ...
+
+
+@dataclass
+class _Recent:
+    """Samples since the last logging step, in case one of them turns out to be bad."""
+
+    samples: list[tuple[int, torch.Tensor, Batch]] = field(default_factory=list)
+    data_seconds: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+
+class Trainer:
+    """Runs a config's steps from where the newest checkpoint left off."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        config: RunConfig,
+        *,
+        trained: Trained,
+        model: torch.nn.Module,
+        denoiser: Denoiser,
+        optimizer: torch.optim.Optimizer,
+        guard: StepGuard,
+        make_loader: Callable[[int], DataLoader[Batch]],
+        checkpoints: CheckpointFolder,
+        log: MetricsLog,
+        validate: Callable[[int], None],
+        identity: dict[str, Any],
+    ) -> None:
+        self._accelerator, self._config, self._trained, self._model = accelerator, config, trained, model
+        self._denoiser, self._optimizer, self._guard = denoiser, optimizer, guard
+        self._make_loader, self._checkpoints, self._log, self._validate = make_loader, checkpoints, log, validate
+        self._identity = identity
+        self._parameters = trained.parameters()
+        self._global_batch = (
+            config.train.batch_size * config.train.gradient_accumulation_steps * accelerator.num_processes
+        )
+        self.step = 0
+        self._saved_step = -1
+        self._last_save = time.monotonic()
+        self._stop_requested = False
+        self._pending_flags: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Continues after a checkpoint: weights, optimizer and position; everything else follows from the config."""
+        self._trained.load(checkpoint.folder)
+        load_optimizer(self._optimizer, self._parameters, checkpoint.folder)
+        self._guard.load(checkpoint.state["guard"])
+        self.step = self._saved_step = checkpoint.step
+
+    def fit(self) -> bool:
+        """Trains to `train.max_steps`; False where a signal ended the run early (a checkpoint is then saved)."""
+        train, every = self._config.train, self._config.validation.every_steps
+        if self.step == 0:
+            self._validate(0)
+        with (
+            self._catch_signals(),
+            Progress(
+                first_step=self.step, max_steps=train.max_steps, active=self._accelerator.is_main_process
+            ) as progress,
+        ):
+            batches = iter(self._make_loader(self.step))
+            recent = _Recent()
+            self._model.train()
+            while self.step < train.max_steps:
+                grad_norm = self._run_step(batches, recent)
+                self.step += 1
+                progress.advance()
+                is_last = self.step == train.max_steps
+                if self.step % self._config.tracking.log_every_steps == 0 or is_last or self.step == 1:
+                    progress.show(self._write_row(recent, grad_norm))
+                    recent = _Recent()
+                stop, save = self._agree(is_last)
+                validate = every is not None and self.step % every == 0 and not is_last and not stop
+                if save or stop or is_last or validate:
+                    self._check_finite(recent)  # waits for the device, so that the pause below is only the pause
+                    paused = time.perf_counter()
+                    if save or stop or is_last:
+                        self.save_checkpoint()
+                    if validate:
+                        self._validate(self.step)
+                    recent.started += time.perf_counter() - paused
+                if stop and not is_last:
+                    return False
+        return True
+
+    def _run_step(self, batches: Iterator[Batch], recent: _Recent) -> torch.Tensor:
+        """One optimizer step over all micro-batches; returns the gradient norm on the device."""
+        train, accelerator = self._config.train, self._accelerator
+        rate = learning_rate_at(self.step, train.max_steps, self._config.optimizer.learning_rate, self._config.schedule)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        for micro in range(train.gradient_accumulation_steps):
+            asked = time.perf_counter()
+            host_batch = next(batches)
+            recent.data_seconds += time.perf_counter() - asked
+            batch = host_batch.to(accelerator.device)
+            if self._config.adapter.dropout:
+                torch.manual_seed(derive_seed("dropout", train.seed, host_batch.positions[0]))
+            is_last = micro == train.gradient_accumulation_steps - 1
+            with contextlib.nullcontext() if is_last else accelerator.no_sync(self._model):
+                losses = self._denoiser.losses(self._model, batch)
+                accelerator.backward(losses.mean() * self._guard.scale / train.gradient_accumulation_steps)
+            host_batch.latents = host_batch.noise = host_batch.embeddings = torch.empty(0)
+            recent.samples.append((self.step, losses.detach(), host_batch))
+        grad_norm = self._guard.apply(self._optimizer, list(self._parameters.values()))
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._trained.after_step()
+        return grad_norm
+
+    def _write_row(self, recent: _Recent, grad_norm: torch.Tensor) -> dict[str, Any]:
+        """Waits for the device, checks what happened since the last row, and logs it."""
+        self._check_finite(recent)
+        losses = torch.cat([losses for _, losses, _ in recent.samples]).mean()
+        loss = self._accelerator.reduce(losses, reduction="mean")
+        assert isinstance(loss, torch.Tensor)
+        steps = len({step for step, _, _ in recent.samples})
+        row: dict[str, Any] = {
+            "step": self.step,
+            "loss": loss.item(),
+            "learning_rate": self._optimizer.param_groups[0]["lr"],
+            "grad_norm": grad_norm.item(),
+            "step_seconds": (time.perf_counter() - recent.started) / steps,
+            "data_seconds": recent.data_seconds / steps,
+            "samples_seen": self.step * self._global_batch,
+            "peak_memory_gib": _peak_memory_gib(self._accelerator.device),
+        }
+        if self._guard.num_skipped:
+            row["skipped_steps"] = self._guard.num_skipped
+        self._log.write(row)
+        return row
+
+    def _check_finite(self, recent: _Recent) -> None:
+        """Raises `UserError` naming the samples where loss or gradients were not finite; weights are the last good."""
+        if not self._guard.has_failed():
+            return
+        mine: list[str] = []
+        for step, losses, batch in recent.samples:
+            lines = zip(losses.tolist(), batch.describe(), strict=True)
+            mine += [
+                f"step {step + 1}, loss {loss:g}: {line}"
+                for loss, line in lines
+                if loss != loss or abs(loss) == float("inf")
+            ]
+        everyone = gather_object(mine)
+        if not everyone:
+            last = recent.samples[-1]
+            everyone = [
+                f"step {last[0] + 1}: every loss is finite, the gradients are not; last sample: {last[2].describe()[0]}"
+            ]
+        self._accelerator.wait_for_everyone()
+        listed = "\n       ".join(everyone[:8])
+        raise UserError(
+            f"non-finite loss or gradients:\n       {listed}\n       the weights were not updated with them and the "
+            "newest checkpoint is untouched; look at those clips and captions, or lower optimizer.learning_rate"
+        )
+
+    def save_checkpoint(self) -> None:
+        """Saves weights, optimizer and position on the main process, unless this step is saved already."""
+        if self._saved_step == self.step:
+            return
+        state = {"guard": self._guard.state(), "samples_seen": self.step * self._global_batch, **self._identity}
+
+        def write(folder: Path) -> None:
+            self._trained.save(folder, trained=self.step > 0)
+            save_optimizer(self._optimizer, self._parameters, folder)
+
+        if self._accelerator.is_main_process:
+            self._checkpoints.save(self.step, state, write)
+        self._accelerator.wait_for_everyone()
+        self._saved_step, self._last_save = self.step, time.monotonic()
+
+    def _agree(self, is_last: bool) -> tuple[bool, bool]:
+        """Whether to stop and whether to save now, the same on every rank (there one step late)."""
+        settings = self._config.checkpoint
+        due = settings.every_steps is not None and self.step % settings.every_steps == 0
+        minutes = (time.monotonic() - self._last_save) / 60
+        timed = settings.every_minutes is not None and minutes >= settings.every_minutes
+        if self._accelerator.num_processes == 1:
+            return self._stop_requested, due or timed
+        stop, save = self._exchange(self._stop_requested, timed and self._accelerator.is_main_process)
+        return stop and not is_last, save or due
+
+    def _exchange(self, stop: bool, save: bool) -> tuple[bool, bool]:
+        """The previous step's flags over all ranks; this step's are sent off meanwhile."""
+        device = self._accelerator.device
+        flags = torch.zeros(2, device=device)
+        for index, wanted in enumerate((stop, save)):
+            flags[index].fill_(float(wanted))
+        torch.distributed.all_reduce(flags)
+        event = None
+        if device.type == "cuda":
+            flags = torch.empty(2, pin_memory=True).copy_(flags, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        previous, self._pending_flags = self._pending_flags, (flags, event)
+        if previous is None:
+            return False, False
+        if previous[1] is not None:
+            previous[1].synchronize()
+        return bool(previous[0][0] > 0), bool(previous[0][1] > 0)
+
+    @contextlib.contextmanager
+    def _catch_signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT ask the loop to save and end; a second one ends at once."""
+
+        def request_stop(number: int, _frame: Any) -> None:
+            if self._stop_requested:
+                signal.default_int_handler(number, None)
+            self._stop_requested = True
+
+        before = {number: signal.signal(number, request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _peak_memory_gib(device: torch.device) -> float | None:
+    return torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else None

@@ -1,0 +1,138 @@
+"""Validation: evaluation loss at nine timesteps on held-out clips, and videos of fixed prompts and seeds.
+
+All noise is keyed by clip and timestep, not by the run's position, so validating changes nothing in the run, and
+losses of different steps, runs and GPU counts compare. Clips and videos are spread over the ranks.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from cogtune import models
+from cogtune.cache import Cache
+from cogtune.dataset import Batch, Entry, read_sample
+from cogtune.denoiser import Denoiser
+from cogtune.diffusion import NUM_TIMESTEPS
+from cogtune.draws import draw_noise
+from cogtune.encoding import release_memory
+from cogtune.generation import Request, decode_latents, generate_latents, make_pipeline
+from cogtune.models import ModelFacts
+from cogtune.video import write_video
+
+QUANTILES = tuple(round(0.1 * k, 1) for k in range(1, 10))
+
+
+def quantile_timestep(quantile: float) -> int:
+    """The integer timestep at a quantile of 0..999."""
+    return round(quantile * (NUM_TIMESTEPS - 1))
+
+
+@contextmanager
+def evaluation_mode(transformer: torch.nn.Module) -> Iterator[None]:
+    """No dropout inside; the mode before is restored."""
+    training = transformer.training
+    transformer.eval()
+    try:
+        yield
+    finally:
+        transformer.train(training)
+
+
+@torch.no_grad()
+def evaluate(
+    transformer: torch.nn.Module,
+    denoiser: Denoiser,
+    entries: Sequence[Entry],
+    cache: Cache,
+    *,
+    scaling_factor: float,
+    device: torch.device,
+) -> torch.Tensor:
+    """Sums of the v loss over these clips at each quantile and the number of clips, float64 [10] on the device."""
+    sums = torch.zeros(len(QUANTILES) + 1, dtype=torch.float64, device=device)
+    with evaluation_mode(transformer):
+        for entry in entries:
+            mean, _, embeddings = read_sample(cache, entry)
+            latents = (mean * scaling_factor).transpose(0, 1)[None]
+            for index, quantile in enumerate(QUANTILES):
+                _, noise = draw_noise(0, f"evaluation:{entry.clip.id}:{quantile}", tuple(latents.shape))
+                batch = Batch(
+                    latents,
+                    noise,
+                    embeddings[None],
+                    torch.tensor([quantile_timestep(quantile)]),
+                    [0],
+                    [entry.clip],
+                    [False],
+                ).to(device)
+                sums[index] += denoiser.losses(transformer, batch)[0].double()
+            sums[-1] += 1
+    return sums
+
+
+@dataclass(frozen=True)
+class VideoJob:
+    """One validation video: its number among the prompts, what to make, and where its embeddings are."""
+
+    number: int
+    request: Request
+    text_key: str
+    negative_key: str
+
+    def file_name(self, suffix: str = "") -> str:
+        """`<nn>-<seed>.mp4`."""
+        return f"{self.number:02d}-{self.request.seed}{suffix}.mp4"
+
+
+def generate_videos(
+    transformer: torch.nn.Module,
+    jobs: Sequence[VideoJob],
+    folder: Path,
+    cache: Cache,
+    facts: ModelFacts,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    quiet: bool,
+) -> None:
+    """Generates this rank's jobs into the folder.
+
+    The VAE comes onto the device only to decode, tiled, after all latents are sampled, so the peak stays at the
+    larger of sampling and (weights + tiled decode).
+    """
+    if not jobs:
+        return
+    pipeline = make_pipeline(facts, transformer=transformer, scheduler=models.load_scheduler(facts))
+    pipeline.set_progress_bar_config(disable=True)
+    latents: list[torch.Tensor] = []
+    with evaluation_mode(transformer):
+        for job in tqdm(jobs, "videos", unit="video", disable=quiet, leave=False):
+            embeddings = [_read_embeddings(cache, key).to(device, dtype) for key in (job.text_key, job.negative_key)]
+            latents.append(generate_latents(pipeline, job.request, *embeddings).cpu())
+    release_memory(device)
+    vae = models.load_vae(facts, dtype).to(device)
+    vae.enable_tiling()
+    for job, sample in zip(jobs, latents, strict=True):
+        frames = decode_latents(vae, sample, facts.scaling_factor)
+        write_video(folder / job.file_name(), frames, facts.fps)
+    del vae
+    release_memory(device)
+
+
+def _read_embeddings(cache: Cache, key: str) -> torch.Tensor:
+    entry = cache.read("text", key)
+    if entry is None:
+        raise RuntimeError(f"embeddings {key} left the cache during the run; keep data.cache_dir while training")
+    return entry["embeddings"]
+
+
+def mean_losses(sums: torch.Tensor, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float] | None:
+    """Mean loss by quantile over all ranks, or None where no clip was held out."""
+    total = reduce(sums).tolist()
+    if total[-1] == 0:
+        return None
+    return {str(quantile): value / total[-1] for quantile, value in zip(QUANTILES, total, strict=False)}

@@ -1,0 +1,46 @@
+"""Fine-tunes a LoRA adapter on clips and captions.
+
+accelerate launch train/lora.py --config configs/lora/cogvideox-5b.yaml --data.manifest=clips/ [--dry-run]
+python train/lora.py --config ...                     the same on one device
+"""
+
+from cogtune.adapter import TrainedAdapter, add_lora
+from cogtune.cli import parse_run
+from cogtune.errors import run_command
+from cogtune.model_card import make_adapter_card
+from cogtune.models import load_transformer
+from cogtune.plan import make_adapter_plan
+from cogtune.run import Run, check_output_folder, derive_init_seed, encode_data, exit_after_signal, start_accelerator
+
+
+def main() -> None:
+    """Plan, encode, load, train, save."""
+    invocation = parse_run(__doc__ or "")
+    config = invocation.config
+    plan = make_adapter_plan(config)
+    check_output_folder(config)
+    if invocation.dry_run:
+        print(plan.describe())
+        return
+    accelerator = start_accelerator(plan)
+    accelerator.print(plan.describe())
+    run = Run(plan, accelerator, encode_data(plan, accelerator))
+
+    transformer = load_transformer(plan.facts, plan.dtype)
+    add_lora(transformer, config.adapter, seed=derive_init_seed(config))
+    card = make_adapter_card(
+        config,
+        plan.facts,
+        num_clips=len(run.data.train),
+        global_batch=plan.global_batch,
+        dtype=str(plan.dtype).removeprefix("torch."),
+    )
+    adapter = TrainedAdapter(transformer, card)
+    if not run.train(adapter):
+        exit_after_signal(accelerator, run.folder)
+    run.finish(adapter)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_command(main)
