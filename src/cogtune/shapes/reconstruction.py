@@ -33,7 +33,7 @@ def halve_colour_resolution(pixels: Tensor) -> Tensor:
 
 def reconstruction_loss(
     pixels: Tensor, decoded: Tensor, mean: Tensor, logvar: Tensor
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of one batch in float32, and its parts; pixels and decoded [B, 3, F, H, W], the others [B, C, f, h, w].
 
     Beside the error: the KL divergence, weighted so low that it only keeps the variances finite, and a pull of every
@@ -48,7 +48,7 @@ def reconstruction_loss(
     moments = (channel_mean.square() + (channel_std - 1.0).square()).mean()
     loss = l1 + _MSE_WEIGHT * mse + _GRADIENT_WEIGHT * gradient + _KL_WEIGHT * kl + _MOMENT_WEIGHT * moments
     parts = {"l1": l1, "mse": mse, "kl": kl, "moments": moments}
-    return loss, {name: float(part.detach()) for name, part in parts.items()}
+    return loss, {name: part.detach() for name, part in parts.items()}
 
 
 @torch.no_grad()
