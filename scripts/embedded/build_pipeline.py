@@ -121,6 +121,20 @@ def make_scheduler() -> CogVideoXDDIMScheduler:
     )
 
 
+def make_readable_by_transformers_4(folder: Path) -> None:
+    """Rewrites two entries of what transformers 5 saved.
+
+    In transformers 4 `T5Tokenizer` asks for sentencepiece's own file, while the fast class has one name in both; and an
+    empty list of extra tokens stops it.
+    """
+    index = json.loads((folder / "model_index.json").read_text())
+    index["tokenizer"] = ["transformers", "T5TokenizerFast"]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    config = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())
+    config.pop("extra_special_tokens", None)
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
 def main() -> None:
     """Builds the parts in order and writes the folder."""
     arguments = parse_arguments()
@@ -136,12 +150,7 @@ def main() -> None:
     pipeline.vae.half()
     pipeline.transformer.half()
     pipeline.save_pretrained(arguments.out)
-    index = json.loads((arguments.out / "model_index.json").read_text())
-    index["tokenizer"] = [
-        "transformers",
-        "T5TokenizerFast",
-    ]  # in transformers 4 `T5Tokenizer` wants sentencepiece's file
-    (arguments.out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    make_readable_by_transformers_4(arguments.out)
     for file in sorted(arguments.out.rglob("*.safetensors")):
         print(f"{file.relative_to(arguments.out)}: {file.stat().st_size / 1e6:.2f} MB")
     total = sum(file.stat().st_size for file in arguments.out.rglob("*.safetensors"))
