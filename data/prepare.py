@@ -8,7 +8,8 @@ Several processes share the work; a killed run goes on where it stopped.
 from cogtune.cli import parse_run
 from cogtune.errors import run_command
 from cogtune.plan import make_data_plan
-from cogtune.run import encode_data, start_accelerator
+from cogtune.preparation import encode_data
+from cogtune.run import start_accelerator
 
 
 def main() -> None:

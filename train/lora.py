@@ -10,7 +10,8 @@ from cogtune.errors import run_command
 from cogtune.model_card import make_adapter_card
 from cogtune.models import load_transformer
 from cogtune.plan import make_adapter_plan
-from cogtune.run import Run, check_output_folder, derive_init_seed, encode_data, exit_after_signal, start_accelerator
+from cogtune.preparation import encode_data
+from cogtune.run import Run, check_output_folder, derive_init_seed, exit_after_signal, start_accelerator
 
 
 def main() -> None:

@@ -187,8 +187,9 @@ class TrainedAdapter:
         """The adapter's weights from a checkpoint."""
         load_adapter_state(self.transformer, folder)
 
-    def after_step(self) -> None:
-        """Nothing to do after a step."""
+    def export(self, folder: Path) -> None:
+        """The final weights: what every checkpoint holds."""
+        self.save(folder, trained=True)
 
 
 def find_adapter_file(path: Path) -> Path:

@@ -115,6 +115,8 @@ class TrainSettings(Section):
     """Part of the samples that train without caption: zero text embeddings, as the base model was trained."""
     timestep_strata: Positive = 16
     """This many consecutive samples cover the timesteps evenly, one in each part; 1: independent draws."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Average the trained weights with this decay, for validation and the final weights; null: don't."""
     min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
     """Min-SNR loss weights with this gamma (arXiv:2303.09556); null: plain v-prediction loss."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -182,7 +184,7 @@ class RunConfig(BaseSettings):
     data: DataSettings = DataSettings()
     """Clips and captions."""
     adapter: AdapterSettings = AdapterSettings()
-    """The LoRA adapter (train/lora.py)."""
+    """The LoRA adapter (train/lora.py only)."""
     optimizer: OptimizerSettings = OptimizerSettings()
     """How weights are updated."""
     schedule: ScheduleSettings = ScheduleSettings()

@@ -3,19 +3,20 @@
 A worker that is late or dies is ended and replaced; the clip is then tried once more with PyAV alone.
 """
 
-import multiprocessing
 import os
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 
 from cogtune.manifest import Clip
-from cogtune.video import ClipError, load_clip
+from cogtune.video import ClipError
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class _Task:
 
 @dataclass
 class _Worker:
-    process: Any
+    process: subprocess.Popen[bytes]
     pipe: Connection
     task: _Task | None = field(default=None)
     started: bool = False
@@ -58,30 +59,10 @@ def default_workers() -> int:
     return max(1, min(4, cores - 1))
 
 
-def _work(pipe: Connection, clip_format: ClipFormat) -> None:
-    import torch
-
-    torch.set_num_threads(1)
-    pipe.send("ready")
-    while True:
-        message = pipe.recv()
-        if message is None:
-            return
-        clip, decoders = message
-        try:
-            frames = load_clip(
-                clip.video,
-                num_frames=clip_format.num_frames,
-                height=clip_format.height,
-                width=clip_format.width,
-                fps=clip_format.fps,
-                start=clip.start,
-                end=clip.end,
-                decoders=decoders,
-            )
-            pipe.send((frames, None, None))
-        except ClipError as error:
-            pipe.send((None, error.kind, str(error)))
+def _end(worker: _Worker) -> None:
+    worker.process.kill()
+    worker.process.wait()
+    worker.pipe.close()
 
 
 class ClipDecoder:
@@ -90,7 +71,6 @@ class ClipDecoder:
     def __init__(self, clip_format: ClipFormat, *, num_workers: int, timeout_seconds: float) -> None:
         self._format = clip_format
         self._timeout = timeout_seconds
-        self._context = multiprocessing.get_context("spawn")
         self._workers: list[_Worker] = []
         self._size = max(1, num_workers)
 
@@ -101,16 +81,15 @@ class ClipDecoder:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for worker in self._workers:
-            worker.process.kill()
-            worker.process.join()
+            _end(worker)
         self._workers.clear()
 
     def _start_worker(self) -> _Worker:
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_work, args=(theirs, self._format), daemon=True)
-        process.start()
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "cogtune.decode_worker", str(theirs.fileno())]
+        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         theirs.close()
-        return _Worker(process, ours)
+        return _Worker(process, Connection(ours.detach()))
 
     def _await_start(self, worker: _Worker) -> None:
         """Importing takes seconds and must not count against a clip's time limit."""
@@ -147,7 +126,9 @@ class ClipDecoder:
     def _give(self, worker: _Worker, task: _Task, clips: Sequence[Clip]) -> None:
         task.deadline = time.monotonic() + self._timeout
         worker.task = task
-        worker.pipe.send((clips[task.index], task.decoders))
+        clip = clips[task.index]
+        options = {"path": clip.video, "start": clip.start, "end": clip.end, "decoders": task.decoders}
+        worker.pipe.send(vars(self._format) | options)
 
     def _collect(self, clips: Sequence[Clip]) -> Iterator[tuple[Decoded | None, _Task | None]]:
         busy = {worker.pipe: worker for worker in self._workers if worker.task is not None}
@@ -172,8 +153,7 @@ class ClipDecoder:
     def _replace(
         self, worker: _Worker, task: _Task, clips: Sequence[Clip], reason: str
     ) -> tuple[Decoded | None, _Task | None]:
-        worker.process.kill()
-        worker.process.join()
+        _end(worker)
         fresh = self._start_worker()
         self._await_start(fresh)
         self._workers[self._workers.index(worker)] = fresh

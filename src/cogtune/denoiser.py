@@ -39,7 +39,10 @@ def make_rotary(
 
 
 class Denoiser:
-    """Turns batches into losses with a given transformer (wrapped or not)."""
+    """Turns batches into losses with a given transformer (wrapped or not).
+
+    `autocast`: the weights are float32 and computed with in `dtype` (full fine-tuning in low precision).
+    """
 
     def __init__(
         self,
@@ -51,22 +54,24 @@ class Denoiser:
         device: torch.device,
         dtype: torch.dtype,
         min_snr_gamma: float | None,
+        autocast: bool = False,
     ) -> None:
         self.alphas_cumprod = diffusion.make_alphas_cumprod(facts.scheduler_config).to(device)
         self._rotary = make_rotary(facts, num_latent_frames, height, width, device)
-        self._dtype, self._gamma = dtype, min_snr_gamma
+        self._dtype, self._gamma, self._autocast = dtype, min_snr_gamma, autocast
 
     def predict(
         self, transformer: torch.nn.Module, noisy: torch.Tensor, embeddings: torch.Tensor, timesteps: torch.Tensor
     ) -> torch.Tensor:
         """v [B, F, C, H, W] for noisy latents of that shape, embeddings [B, L, D] and timesteps [B]."""
-        return transformer(
-            hidden_states=noisy.to(self._dtype),
-            encoder_hidden_states=embeddings.to(self._dtype),
-            timestep=timesteps,
-            image_rotary_emb=self._rotary,
-            return_dict=False,
-        )[0]
+        with torch.autocast(noisy.device.type, self._dtype, enabled=self._autocast):
+            return transformer(
+                hidden_states=noisy.to(self._dtype),
+                encoder_hidden_states=embeddings.to(self._dtype),
+                timestep=timesteps,
+                image_rotary_emb=self._rotary,
+                return_dict=False,
+            )[0]
 
     def losses(self, transformer: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """The v loss of each sample, float32 [B], weighted where min-SNR is on."""

@@ -97,9 +97,9 @@ def free_device_bytes(device: torch.device) -> int | None:
     """Memory that this process could take on a GPU (its own fraction limit respected); None on a CPU."""
     if device.type != "cuda":
         return None
-    free, total = torch.cuda.mem_get_info(device)
-    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device))
-    return min(free, allowed) + 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    free, total = torch.cuda.mem_get_info(index)
+    return min(free, int(total * torch.cuda.get_per_process_memory_fraction(index)))
 
 
 def explain_out_of_memory(plan: MemoryPlan, error: BaseException) -> str:

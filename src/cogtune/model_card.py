@@ -37,6 +37,42 @@ video = pipeline("{example}", num_frames={num_frames}, height={height}, width={w
 """
 
 
+_MODEL_CARD = """---
+base_model: {base}
+library_name: diffusers
+license: other
+pipeline_tag: text-to-video
+tags: [cogvideox, text-to-video, cogtune]
+---
+
+# {title}
+
+{base}, all of its transformer fine-tuned with cogtune on {num_clips} clip(s): {steps} steps of {batch} sample(s),
+learning rate {learning_rate:g} ({schedule}).{average}
+
+```python
+from diffusers import CogVideoXPipeline
+
+pipeline = CogVideoXPipeline.from_pretrained("PATH_OF_THIS_FOLDER")
+```
+"""
+
+
+def make_model_card(config: RunConfig, facts: ModelFacts, *, num_clips: int, global_batch: int) -> str:
+    """README.md of a fully fine-tuned pipeline folder."""
+    row, decay = VARIANTS.get(facts.variant), config.train.ema_decay
+    return _MODEL_CARD.format(
+        base=row.hub_name if row and row.hub_name else config.model.path,
+        title=config.output_dir.name,
+        num_clips=num_clips,
+        steps=config.train.max_steps,
+        batch=global_batch,
+        learning_rate=config.optimizer.learning_rate,
+        schedule=config.schedule.name,
+        average=f" The weights are an average with decay {decay:g}." if decay else "",
+    )
+
+
 def make_adapter_card(config: RunConfig, facts: ModelFacts, *, num_clips: int, global_batch: int, dtype: str) -> str:
     """README.md of an adapter folder."""
     adapter, token = config.adapter, config.data.id_token

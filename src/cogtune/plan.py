@@ -54,6 +54,8 @@ class TrainingPlan(DataPlan):
     memory: MemoryPlan
     free_bytes: int | None
     compiled: bool
+    autocast: bool
+    """Float32 weights computed with in `dtype`: full fine-tuning in low precision."""
 
     @property
     def global_batch(self) -> int:
@@ -71,7 +73,7 @@ class TrainingPlan(DataPlan):
             "model": f"{facts.variant} at {facts.folder}",
             "precision": f"{str(self.dtype)[6:]} base on {self.device.type}, float32 trained weights",
             "parameters": f"{self.num_parameters:,} frozen, {self.num_trainable:,} trained "
-            f"({100 * self.num_trainable / self.num_parameters:.2f} %)",
+            f"({100 * self.num_trainable / (self.num_parameters or self.num_trainable):.2f} %)",
             "clips": f"{len(self.train_clips)} to train on, {len(self.validation_clips)} held out",
             "format": f"{form.num_frames} frames of {form.width}x{form.height} at {form.fps:g} fps",
             "tokens": f"{self.tokens:,} a sample",
@@ -129,6 +131,17 @@ def make_adapter_plan(config: RunConfig) -> TrainingPlan:
     return _add_training(data, sum(p.numel() for p in meta.parameters()), num_trainable)
 
 
+def make_full_plan(config: RunConfig) -> TrainingPlan:
+    """The plan of a full fine-tuning; raises `UserError` for anything that can be known to fail."""
+    if "adapter" in config.model_fields_set:
+        raise UserError(
+            "adapter: has no effect in full fine-tuning (train/sft.py); remove the section, or use train/lora.py"
+        )
+    data = make_data_plan(config)
+    num_parameters = sum(p.numel() for p in models.make_meta_transformer(data.facts).parameters())
+    return _add_training(data, 0, num_parameters)
+
+
 def _add_training(data: DataPlan, num_parameters: int, num_trainable: int) -> TrainingPlan:
     config, form = data.config, data.clip_format
     tokens = data.facts.num_tokens(form.num_frames, form.height, form.width)
@@ -155,4 +168,5 @@ def _add_training(data: DataPlan, num_parameters: int, num_trainable: int) -> Tr
         memory=choose_activations(plans, config.memory.mode, free),
         free_bytes=free,
         compiled=compiled,
+        autocast=num_parameters == 0 and data.dtype != torch.float32,
     )

@@ -27,7 +27,7 @@ def write_report(folder: Path, config: RunConfig, train: Sequence[Entry], valida
     template = jinja2.Environment(autoescape=True).from_string(_template())
     page = template.render(
         title=folder.name,
-        version=importlib.metadata.version("cogtune"),
+        version=_version(),
         summary=_summarise(config, steps, evaluations),
         charts=[
             draw_chart("training loss", {"loss": [(r["step"], r["loss"]) for r in steps], "smoothed": _smooth(steps)}),
@@ -57,6 +57,13 @@ def write_report(folder: Path, config: RunConfig, train: Sequence[Entry], valida
     temporary.write_text(page, encoding="utf-8")
     temporary.replace(path)
     return path
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("cogtune")
+    except importlib.metadata.PackageNotFoundError:
+        return "(run from its source folder, not installed)"
 
 
 def _template() -> str:

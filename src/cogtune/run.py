@@ -1,38 +1,33 @@
 """A training run from its plan: folder, encoded data, transformer, loop, final weights. Used by `train/*.py`."""
 
+import contextlib
 import shutil
 import signal
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
-from cogtune.cache import Cache, make_key
 from cogtune.checkpoint import Checkpoint, CheckpointFolder, find_differences, read_checkpoint
 from cogtune.config import RunConfig
-from cogtune.dataset import Batch, Entry, PositionSampler, TrainingSet, make_loader
+from cogtune.dataset import Batch, PositionSampler, TrainingSet, make_loader
 from cogtune.denoiser import Denoiser
 from cogtune.draws import derive_seed
-from cogtune.encoding import CacheKeys, Share, encode_captions, encode_clips
+from cogtune.ema import Ema
 from cogtune.errors import UserError
 from cogtune.execution import configure_blocks
-from cogtune.generation import Request
-from cogtune.manifest import Clip
-from cogtune.memory import GIB, explain_out_of_memory
+from cogtune.memory import explain_out_of_memory
 from cogtune.optimization import StepGuard, make_optimizer
 from cogtune.plan import DataPlan, TrainingPlan
-from cogtune.report import write_report
+from cogtune.preparation import EncodedData
 from cogtune.tracking import MetricsLog
 from cogtune.trainer import Trained, Trainer
-from cogtune.validation import VideoJob, evaluate, generate_videos, mean_losses
-from cogtune.video import ClipError
+from cogtune.validator import Validator
 
 # Settings that may differ between a run and its continuation: they change no training result.
 _FREE_SETTINGS = frozenset(
@@ -91,21 +86,6 @@ def _refuse_differences(folder: Path, differences: list[str]) -> None:
         )
 
 
-@dataclass(frozen=True)
-class EncodedData:
-    """The clips that a run uses, all of them in the cache."""
-
-    cache: Cache
-    keys: CacheKeys
-    train: list[Entry]
-    validation: list[Entry]
-
-    def digest(self) -> str:
-        """Identity of the training clips, captions and weights, in order."""
-        rows = [[e.clip.id, e.latents_key, e.text_key, e.clip.weight] for e in self.train]
-        return make_key(entries=rows)
-
-
 def start_accelerator(plan: DataPlan) -> Accelerator:
     """The process group and device. Precision is ours: no autocast, so training computes what inference computes."""
     return Accelerator(
@@ -113,71 +93,6 @@ def start_accelerator(plan: DataPlan) -> Accelerator:
         cpu=plan.device.type == "cpu",
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
     )
-
-
-def encode_data(plan: DataPlan, accelerator: Accelerator) -> EncodedData:
-    """Clips and captions through VAE and T5 into the cache where they are missing, over all processes.
-
-    Clips go first: a bad one shows before the large text encoder loads. Raises `UserError` with all bad clips, or
-    leaves them out where `data.bad_clips` is `skip`.
-    """
-    cache = plan.make_cache()
-    quiet = not accelerator.is_main_process
-    share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
-    clips = [*plan.train_clips, *plan.validation_clips]
-    for clip in clips:
-        if not clip.video.is_file():
-            raise UserError(f"clip {clip.id!r}: {clip.video} does not exist; correct the manifest or remove the row")
-    keys = CacheKeys(cache, plan.facts, plan.clip_format, plan.dtype)
-    before = cache.size_bytes()
-    problems: list[str] = []
-
-    def note_problem(clip: Clip, problem: ClipError) -> None:
-        problems.append(f"{clip.id}: {problem}")
-
-    data = plan.config.data
-    encode_clips(
-        clips,
-        keys,
-        cache,
-        plan.facts,
-        plan.clip_format,
-        device=accelerator.device,
-        dtype=plan.dtype,
-        share=share,
-        num_workers=max(1, plan.num_workers),
-        timeout_seconds=data.decode_timeout_seconds,
-        on_problem=note_problem,
-        quiet=quiet,
-    )
-    _judge_problems(gather_object(problems), plan, accelerator)
-    entries = {clip: Entry(clip, keys.latents(clip), keys.text(clip.caption)) for clip in clips}
-    usable = {clip for clip in clips if cache.has("latents", entries[clip].latents_key)}
-    captions = [clip.caption for clip in clips if clip in usable] + plan.prompts()
-    encode_captions(
-        captions, keys, cache, plan.facts, device=accelerator.device, dtype=plan.dtype, share=share, quiet=quiet
-    )
-    accelerator.wait_for_everyone()
-    train = [entries[clip] for clip in plan.train_clips if clip in usable]
-    if not train:
-        raise UserError(f"data.manifest={data.manifest}: no usable clip; run data/check.py on it")
-    accelerator.print(
-        f"cache: {len(usable)} clips, {len(set(captions))} texts; {before / GIB:.2f} GiB before, "
-        f"{cache.size_bytes() / GIB:.2f} GiB now in {cache.folder}"
-    )
-    return EncodedData(cache, keys, train, [entries[clip] for clip in plan.validation_clips if clip in usable])
-
-
-def _judge_problems(problems: list[str], plan: DataPlan, accelerator: Accelerator) -> None:
-    if not problems:
-        return
-    listed = "\n       ".join([*problems[:20], *([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])])
-    if plan.config.data.bad_clips == "error":
-        raise UserError(
-            f"{len(problems)} clip(s) can't be used:\n       {listed}\n       mend or remove them, or set "
-            "data.bad_clips=skip to train without them (data/check.py lists every problem)"
-        )
-    accelerator.print(f"leaving out {len(problems)} clip(s):\n       {listed}")
 
 
 class Run:
@@ -192,6 +107,7 @@ class Run:
             "global_batch": plan.global_batch,
             "dataset": data.digest(),
         }
+        self._ema: Ema | None = None
         self.checkpoints = CheckpointFolder(self.folder / "checkpoints", keep_last=self.config.checkpoint.keep_last)
 
     def open_folder(self) -> Checkpoint | None:
@@ -246,6 +162,7 @@ class Run:
             device=accelerator.device,
             dtype=plan.dtype,
             min_snr_gamma=config.train.min_snr_gamma,
+            autocast=plan.autocast,
         )
         optimizer = make_optimizer(list(trained.parameters().values()), config.optimizer)
         guard = StepGuard(
@@ -262,7 +179,17 @@ class Run:
             wandb_mode=tracking.wandb_mode,
             config=config.to_plain(),
         ) as log:
-            validate = self._make_validation(transformer, denoiser, log)
+            if config.train.ema_decay is not None:
+                self._ema = Ema(trained.parameters(), config.train.ema_decay)
+            validate = Validator(
+                plan,
+                accelerator,
+                self.data,
+                transformer=transformer,
+                denoiser=denoiser,
+                log=log,
+                averaged_weights=self._averaged_weights,
+            )
             trainer = Trainer(
                 accelerator,
                 config,
@@ -276,6 +203,7 @@ class Run:
                 log=log,
                 validate=validate,
                 identity=self.identity,
+                ema=self._ema,
             )
             if checkpoint is not None:
                 trainer.resume(checkpoint)
@@ -294,11 +222,15 @@ class Run:
             final, partial = self.folder / "final", self.folder / ".partial-final"
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-            trained.save(partial, trained=True)
+            with self._averaged_weights():
+                trained.export(partial)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
         self.accelerator.wait_for_everyone()
         self.accelerator.print(f"final weights: {self.folder / 'final'}\nreport: {self.folder / 'report.html'}")
+
+    def _averaged_weights(self) -> contextlib.AbstractContextManager[None]:
+        return self._ema.swapped_in() if self._ema is not None else contextlib.nullcontext()
 
     def _latent_shape(self) -> tuple[int, int, int, int]:
         form = self.plan.clip_format
@@ -325,73 +257,6 @@ class Run:
         return make_loader(
             dataset, sampler, num_workers=self.plan.num_workers, pin_memory=self.plan.device.type == "cuda"
         )
-
-    def _make_validation(
-        self, transformer: torch.nn.Module, denoiser: Denoiser, log: MetricsLog
-    ) -> Callable[[int], None]:
-        """The validation of a step: evaluation loss, videos, report. Step 0 is the base model's."""
-        settings, accelerator, facts = self.config.validation, self.accelerator, self.plan.facts
-        rank, count = accelerator.process_index, accelerator.num_processes
-        jobs = self._video_jobs()
-
-        def validate(step: int) -> None:
-            if not settings.enabled:
-                return
-            sums = evaluate(
-                transformer,
-                denoiser,
-                self.data.validation[rank::count],
-                self.data.cache,
-                scaling_factor=facts.scaling_factor,
-                device=accelerator.device,
-            )
-            losses = mean_losses(sums, lambda tensor: accelerator.reduce(tensor, reduction="sum"))  # pyright: ignore[reportArgumentType]
-            if losses is not None:
-                mean = sum(losses.values()) / len(losses)
-                log.write({"step": step, "eval_loss": mean, "eval_loss_by_quantile": losses})
-            folder, base_folder = self.folder / "samples" / f"step-{step:06d}", self.folder / "samples" / "step-000000"
-            if step > 0 or settings.base_videos:
-                generate_videos(
-                    transformer,
-                    jobs[rank::count],
-                    folder,
-                    self.data.cache,
-                    facts,
-                    device=accelerator.device,
-                    dtype=self.plan.dtype,
-                    quiet=not accelerator.is_main_process,
-                )
-            accelerator.wait_for_everyone()
-            if accelerator.is_main_process:
-                for job in jobs:
-                    base = base_folder / job.file_name()
-                    if step > 0 and base.is_file():
-                        shutil.copyfile(base, folder / job.file_name("-base"))
-                write_report(self.folder, self.config, [*self.data.train], [*self.data.validation])
-
-        return validate
-
-    def _video_jobs(self) -> list[VideoJob]:
-        settings, form = self.config.validation, self.plan.clip_format
-        return [
-            VideoJob(
-                number,
-                Request(
-                    prompt,
-                    form.num_frames,
-                    form.height,
-                    form.width,
-                    seed,
-                    settings.negative_prompt,
-                    settings.num_inference_steps,
-                    settings.guidance_scale,
-                ),
-                self.data.keys.text(prompt),
-                self.data.keys.text(settings.negative_prompt),
-            )
-            for number, prompt in enumerate(settings.prompts)
-            for seed in settings.seeds
-        ]
 
 
 def derive_init_seed(config: RunConfig) -> int:

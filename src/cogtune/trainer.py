@@ -22,6 +22,7 @@ from cogtune.config import RunConfig
 from cogtune.dataset import Batch
 from cogtune.denoiser import Denoiser
 from cogtune.draws import derive_seed
+from cogtune.ema import Ema
 from cogtune.errors import UserError
 from cogtune.optimization import StepGuard, learning_rate_at
 from cogtune.tracking import MetricsLog, Progress
@@ -46,8 +47,8 @@ class Trained(Protocol):
         """Reads what `save` wrote."""
         ...
 
-    def after_step(self) -> None:
-        """Called after every optimizer step."""
+    def export(self, folder: Path) -> None:
+        """Writes the final weights into an empty folder, in the form that users load."""
         ...
 
 
@@ -78,11 +79,12 @@ class Trainer:
         log: MetricsLog,
         validate: Callable[[int], None],
         identity: dict[str, Any],
+        ema: Ema | None = None,
     ) -> None:
         self._accelerator, self._config, self._trained, self._model = accelerator, config, trained, model
         self._denoiser, self._optimizer, self._guard = denoiser, optimizer, guard
         self._make_loader, self._checkpoints, self._log, self._validate = make_loader, checkpoints, log, validate
-        self._identity = identity
+        self._identity, self._ema = identity, ema
         self._parameters = trained.parameters()
         self._global_batch = (
             config.train.batch_size * config.train.gradient_accumulation_steps * accelerator.num_processes
@@ -98,6 +100,8 @@ class Trainer:
         self._trained.load(checkpoint.folder)
         load_optimizer(self._optimizer, self._parameters, checkpoint.folder)
         self._guard.load(checkpoint.state["guard"])
+        if self._ema is not None:
+            self._ema.load(checkpoint.folder)
         self.step = self._saved_step = checkpoint.step
 
     def fit(self) -> bool:
@@ -158,7 +162,8 @@ class Trainer:
         grad_norm = self._guard.apply(self._optimizer, list(self._parameters.values()))
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self._trained.after_step()
+        if self._ema is not None:
+            self._ema.update(self.step + 1)
         return grad_norm
 
     def _write_row(self, recent: _Recent, grad_norm: torch.Tensor) -> dict[str, Any]:
@@ -217,6 +222,8 @@ class Trainer:
         def write(folder: Path) -> None:
             self._trained.save(folder, trained=self.step > 0)
             save_optimizer(self._optimizer, self._parameters, folder)
+            if self._ema is not None:
+                self._ema.save(folder)
 
         if self._accelerator.is_main_process:
             self._checkpoints.save(self.step, state, write)

@@ -4,7 +4,7 @@ All noise is keyed by clip and timestep, not by the run's position, so validatin
 losses of different steps, runs and GPU counts compare. Clips and videos are spread over the ranks.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +97,7 @@ def generate_videos(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    autocast: bool,
     quiet: bool,
 ) -> None:
     """Generates this rank's jobs into the folder.
@@ -109,7 +110,7 @@ def generate_videos(
     pipeline = make_pipeline(facts, transformer=transformer, scheduler=models.load_scheduler(facts))
     pipeline.set_progress_bar_config(disable=True)
     latents: list[torch.Tensor] = []
-    with evaluation_mode(transformer):
+    with evaluation_mode(transformer), torch.autocast(device.type, dtype, enabled=autocast):
         for job in tqdm(jobs, "videos", unit="video", disable=quiet, leave=False):
             embeddings = [_read_embeddings(cache, key).to(device, dtype) for key in (job.text_key, job.negative_key)]
             latents.append(generate_latents(pipeline, job.request, *embeddings).cpu())
@@ -130,9 +131,9 @@ def _read_embeddings(cache: Cache, key: str) -> torch.Tensor:
     return entry["embeddings"]
 
 
-def mean_losses(sums: torch.Tensor, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float] | None:
-    """Mean loss by quantile over all ranks, or None where no clip was held out."""
-    total = reduce(sums).tolist()
+def mean_losses(sums: torch.Tensor) -> dict[str, float] | None:
+    """Mean loss by quantile from the sums over all ranks, or None where no clip was held out."""
+    total = sums.tolist()
     if total[-1] == 0:
         return None
     return {str(quantile): value / total[-1] for quantile, value in zip(QUANTILES, total, strict=False)}

@@ -1,0 +1,69 @@
+"""Full fine-tuning: all of the transformer's weights, float32 while training; out comes a pipeline folder."""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import CogVideoXTransformer3DModel
+from safetensors.torch import load_file, save_file
+
+from cogtune.errors import UserError
+from cogtune.models import COMPONENTS, ModelFacts, make_meta_transformer
+
+WEIGHTS_NAME = "weights.safetensors"
+
+
+class TrainedModel:
+    """The whole transformer as the training loop sees it (`cogtune.trainer.Trained`)."""
+
+    def __init__(
+        self, transformer: CogVideoXTransformer3DModel, facts: ModelFacts, model_card: str, *, export_dtype: torch.dtype
+    ) -> None:
+        self.transformer, self._facts, self._card = transformer.float().requires_grad_(True), facts, model_card
+        self._export_dtype = export_dtype
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Every parameter by name."""
+        return dict(self.transformer.named_parameters())
+
+    def save(self, folder: Path, *, trained: bool) -> None:
+        """The float32 weights, for resuming."""
+        del trained  # there is no empty model to guard against
+        state = {name: p.detach().cpu().contiguous() for name, p in self.parameters().items()}
+        save_file(state, folder / WEIGHTS_NAME)
+
+    def load(self, folder: Path) -> None:
+        """The float32 weights from a checkpoint; strict about names and shapes."""
+        saved, own = load_file(folder / WEIGHTS_NAME), self.parameters()
+        wrong = sorted(set(own) ^ set(saved)) or [name for name in own if own[name].shape != saved[name].shape]
+        if wrong:
+            raise UserError(f"{folder}: the saved weights differ from the model's at {wrong[0]} ({len(wrong)} tensors)")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(saved[name])
+
+    def export(self, folder: Path) -> None:
+        """A pipeline folder that stock diffusers loads: the trained transformer in the run's precision, the base
+        model's other components (hard-linked where the file system allows), and a model card."""
+        for name in [*COMPONENTS, "model_index.json"]:
+            if name != "transformer":
+                _link_tree(self._facts.folder / name, folder / name)
+        # A copy without memory of its own takes the cast weights: the model being trained stays as it is.
+        copy = make_meta_transformer(self._facts)
+        state = {name: tensor.to(self._export_dtype) for name, tensor in self.transformer.state_dict().items()}
+        copy.load_state_dict(state, assign=True)
+        copy.save_pretrained(folder / "transformer")
+        (folder / "README.md").write_text(self._card, encoding="utf-8")
+
+
+def _link_tree(source: Path, target: Path) -> None:
+    if source.is_dir():
+        target.mkdir(parents=True)
+        for child in sorted(source.iterdir()):
+            _link_tree(child, target / child.name)
+        return
+    try:
+        os.link(source.resolve(), target)  # hub caches hold links: link what they point to
+    except OSError:
+        shutil.copy2(source, target)

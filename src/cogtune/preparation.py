@@ -1,0 +1,95 @@
+"""Brings a data set into the cache for a run: clips through the VAE, captions through T5, over all processes."""
+
+from dataclasses import dataclass
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from cogtune.cache import Cache, make_key
+from cogtune.dataset import Entry
+from cogtune.encoding import CacheKeys, Share, encode_captions, encode_clips
+from cogtune.errors import UserError
+from cogtune.manifest import Clip
+from cogtune.memory import GIB
+from cogtune.plan import DataPlan
+from cogtune.video import ClipError
+
+
+@dataclass(frozen=True)
+class EncodedData:
+    """The clips that a run uses, all of them in the cache."""
+
+    cache: Cache
+    keys: CacheKeys
+    train: list[Entry]
+    validation: list[Entry]
+
+    def digest(self) -> str:
+        """Identity of the training clips, captions and weights, in order."""
+        rows = [[e.clip.id, e.latents_key, e.text_key, e.clip.weight] for e in self.train]
+        return make_key(entries=rows)
+
+
+def encode_data(plan: DataPlan, accelerator: Accelerator) -> EncodedData:
+    """Clips and captions through VAE and T5 into the cache where they are missing, over all processes.
+
+    Clips go first: a bad one shows before the large text encoder loads. Raises `UserError` with all bad clips, or
+    leaves them out where `data.bad_clips` is `skip`.
+    """
+    cache = plan.make_cache()
+    quiet = not accelerator.is_main_process
+    share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
+    clips = [*plan.train_clips, *plan.validation_clips]
+    for clip in clips:
+        if not clip.video.is_file():
+            raise UserError(f"clip {clip.id!r}: {clip.video} does not exist; correct the manifest or remove the row")
+    keys = CacheKeys(cache, plan.facts, plan.clip_format, plan.dtype)
+    before = cache.size_bytes()
+    problems: list[str] = []
+
+    def note_problem(clip: Clip, problem: ClipError) -> None:
+        problems.append(f"{clip.id}: {problem}")
+
+    data = plan.config.data
+    encode_clips(
+        clips,
+        keys,
+        cache,
+        plan.facts,
+        plan.clip_format,
+        device=accelerator.device,
+        dtype=plan.dtype,
+        share=share,
+        num_workers=max(1, plan.num_workers),
+        timeout_seconds=data.decode_timeout_seconds,
+        on_problem=note_problem,
+        quiet=quiet,
+    )
+    _judge_problems(gather_object(problems), plan, accelerator)
+    entries = {clip: Entry(clip, keys.latents(clip), keys.text(clip.caption)) for clip in clips}
+    usable = {clip for clip in clips if cache.has("latents", entries[clip].latents_key)}
+    captions = [clip.caption for clip in clips if clip in usable] + plan.prompts()
+    encode_captions(
+        captions, keys, cache, plan.facts, device=accelerator.device, dtype=plan.dtype, share=share, quiet=quiet
+    )
+    accelerator.wait_for_everyone()
+    train = [entries[clip] for clip in plan.train_clips if clip in usable]
+    if not train:
+        raise UserError(f"data.manifest={data.manifest}: no usable clip; run data/check.py on it")
+    accelerator.print(
+        f"cache: {len(usable)} clips, {len(set(captions))} texts; {before / GIB:.2f} GiB before, "
+        f"{cache.size_bytes() / GIB:.2f} GiB now in {cache.folder}"
+    )
+    return EncodedData(cache, keys, train, [entries[clip] for clip in plan.validation_clips if clip in usable])
+
+
+def _judge_problems(problems: list[str], plan: DataPlan, accelerator: Accelerator) -> None:
+    if not problems:
+        return
+    listed = "\n       ".join([*problems[:20], *([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])])
+    if plan.config.data.bad_clips == "error":
+        raise UserError(
+            f"{len(problems)} clip(s) can't be used:\n       {listed}\n       mend or remove them, or set "
+            "data.bad_clips=skip to train without them (data/check.py lists every problem)"
+        )
+    accelerator.print(f"leaving out {len(problems)} clip(s):\n       {listed}")

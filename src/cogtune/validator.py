@@ -1,0 +1,110 @@
+"""Validates a run at a step: evaluation loss over all ranks, videos beside the base model's, the report."""
+
+import contextlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from cogtune.denoiser import Denoiser
+from cogtune.generation import Request
+from cogtune.plan import TrainingPlan
+from cogtune.preparation import EncodedData
+from cogtune.report import write_report
+from cogtune.tracking import MetricsLog
+from cogtune.validation import VideoJob, evaluate, generate_videos, mean_losses
+
+BASE_STEP = "step-000000"  # before the first step the model is the base model
+
+
+class Validator:
+    """Called with a step; validates the weights that `averaged_weights` puts in place."""
+
+    def __init__(
+        self,
+        plan: TrainingPlan,
+        accelerator: Accelerator,
+        data: EncodedData,
+        *,
+        transformer: torch.nn.Module,
+        denoiser: Denoiser,
+        log: MetricsLog,
+        averaged_weights: Callable[[], contextlib.AbstractContextManager[None]],
+    ) -> None:
+        self._plan, self._accelerator, self._data = plan, accelerator, data
+        self._transformer, self._denoiser, self._log = transformer, denoiser, log
+        self._averaged_weights = averaged_weights
+        self._folder = plan.config.output_dir
+        self._jobs = _make_jobs(plan, data)
+
+    def __call__(self, step: int) -> None:
+        """Evaluation loss, videos and report of a step; step 0 is the base model's."""
+        if not self._plan.config.validation.enabled:
+            return
+        with self._averaged_weights():
+            self._evaluate(step)
+            folder = self._folder / "samples" / f"step-{step:06d}"
+            if step > 0 or self._plan.config.validation.base_videos:
+                self._generate(folder)
+        self._accelerator.wait_for_everyone()
+        if self._accelerator.is_main_process:
+            if step > 0:
+                self._copy_base_videos(folder)
+            write_report(self._folder, self._plan.config, self._data.train, self._data.validation)
+
+    def _evaluate(self, step: int) -> None:
+        accelerator = self._accelerator
+        mine = self._data.validation[accelerator.process_index :: accelerator.num_processes]
+        sums = evaluate(
+            self._transformer,
+            self._denoiser,
+            mine,
+            self._data.cache,
+            scaling_factor=self._plan.facts.scaling_factor,
+            device=accelerator.device,
+        )
+        losses = mean_losses(accelerator.reduce(sums, reduction="sum"))  # pyright: ignore[reportArgumentType]
+        if losses is not None:
+            mean = sum(losses.values()) / len(losses)
+            self._log.write({"step": step, "eval_loss": mean, "eval_loss_by_quantile": losses})
+
+    def _generate(self, folder: Path) -> None:
+        accelerator = self._accelerator
+        generate_videos(
+            self._transformer,
+            self._jobs[accelerator.process_index :: accelerator.num_processes],
+            folder,
+            self._data.cache,
+            self._plan.facts,
+            device=accelerator.device,
+            dtype=self._plan.dtype,
+            autocast=self._plan.autocast,
+            quiet=not accelerator.is_main_process,
+        )
+
+    def _copy_base_videos(self, folder: Path) -> None:
+        for job in self._jobs:
+            base = self._folder / "samples" / BASE_STEP / job.file_name()
+            if base.is_file():
+                shutil.copyfile(base, folder / job.file_name("-base"))
+
+
+def _make_jobs(plan: TrainingPlan, data: EncodedData) -> list[VideoJob]:
+    settings, form = plan.config.validation, plan.clip_format
+    jobs = []
+    for number, prompt in enumerate(settings.prompts):
+        for seed in settings.seeds:
+            request = Request(
+                prompt,
+                form.num_frames,
+                form.height,
+                form.width,
+                seed,
+                settings.negative_prompt,
+                settings.num_inference_steps,
+                settings.guidance_scale,
+            )
+            jobs.append(VideoJob(number, request, data.keys.text(prompt), data.keys.text(settings.negative_prompt)))
+    return jobs

@@ -1,0 +1,39 @@
+"""Fine-tunes all of the transformer's weights on clips and captions.
+
+accelerate launch train/sft.py --config configs/sft/cogvideox-2b.yaml --data.manifest=clips/ [--dry-run]
+python train/sft.py --config ...                      the same on one device
+"""
+
+from cogtune.cli import parse_run
+from cogtune.errors import run_command
+from cogtune.full import TrainedModel
+from cogtune.model_card import make_model_card
+from cogtune.models import load_transformer
+from cogtune.plan import make_full_plan
+from cogtune.preparation import encode_data
+from cogtune.run import Run, check_output_folder, exit_after_signal, start_accelerator
+
+
+def main() -> None:
+    """Plan, encode, load, train, save."""
+    invocation = parse_run(__doc__ or "")
+    config = invocation.config
+    plan = make_full_plan(config)
+    check_output_folder(config)
+    if invocation.dry_run:
+        print(plan.describe())
+        return
+    accelerator = start_accelerator(plan)
+    accelerator.print(plan.describe())
+    run = Run(plan, accelerator, encode_data(plan, accelerator))
+
+    card = make_model_card(config, plan.facts, num_clips=len(run.data.train), global_batch=plan.global_batch)
+    model = TrainedModel(load_transformer(plan.facts, plan.dtype), plan.facts, card, export_dtype=plan.dtype)
+    if not run.train(model):
+        exit_after_signal(accelerator, run.folder)
+    run.finish(model)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_command(main)
