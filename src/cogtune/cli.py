@@ -18,7 +18,7 @@ from pydantic_settings import CliSettingsSource
 from cogtune.config import RunConfig
 from cogtune.errors import UserError
 
-_TEXT_LISTS = ("--validation.prompts", "--adapter.target_modules")
+_TEXT_LISTS = (("validation", "prompts"), ("adapter", "target_modules"))
 
 
 @dataclass(frozen=True)
@@ -62,23 +62,42 @@ def parse_run(description: str, argv: list[str] | None = None) -> Invocation:
     values = read_yaml(options.config) if options.config else {}
     if options.config and "output_dir" not in values:
         values["output_dir"] = f"runs/{options.config.stem}"
+    texts, rest = _take_text_lists(argv)
     source: CliSettingsSource[Any] = CliSettingsSource(
         RunConfig,
         root_parser=parser,
-        cli_parse_args=[_protect_text(arg) for arg in argv],
+        cli_parse_args=rest,
         cli_hide_none_type=True,
         parse_args_method=_Parser.parse_args,
     )
-    overrides = source()
+    overrides = _merge(source(), texts)
     return Invocation(build_config(_merge(values, overrides)), options.dry_run)
 
 
-def _protect_text(argument: str) -> str:
-    """`--validation.prompts=A ship, at sea` is one prompt: pydantic-settings alone would cut it at the comma."""
-    option, _, value = argument.partition("=")
-    if option in _TEXT_LISTS and value and not value.lstrip().startswith("["):
-        return f"{option}={json.dumps([value])}"
-    return argument
+def _take_text_lists(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Lists of texts, exactly as written, and the other arguments.
+
+    pydantic-settings would cut `--validation.prompts=A ship, at sea` at its comma and fail on a quotation mark, and
+    it would double the backslashes of a pattern. A JSON list (`["a", "b"]`) is taken as one.
+    """
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    for section, key in _TEXT_LISTS:
+        parser.add_argument(f"--{section}.{key}", action="append", dest=key)
+    given, rest = parser.parse_known_args(argv)
+    texts = {
+        section: {key: [text for value in vars(given)[key] for text in _read_texts(value)]}
+        for section, key in _TEXT_LISTS
+        if vars(given)[key] is not None
+    }
+    return texts, rest
+
+
+def _read_texts(value: str) -> list[Any]:
+    try:
+        texts = json.loads(value) if value.lstrip().startswith("[") else value
+    except json.JSONDecodeError:
+        texts = value  # a pattern or a prompt may begin with a bracket
+    return texts if isinstance(texts, list) else [value]
 
 
 def build_config(values: dict[str, Any]) -> RunConfig:

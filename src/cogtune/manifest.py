@@ -9,10 +9,12 @@ Videos are named relative to the manifest's folder and must stay inside it unles
 
 import csv
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cogtune.draws import derive_seed
 from cogtune.errors import UserError
 
 VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".gif"}
@@ -185,9 +187,12 @@ def _number(row: dict[str, Any], key: str, default: float | None) -> float | Non
     if value is None:
         return default
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError):
-        raise ValueError(f"{key}={value!r}; expected a number") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{key}={value!r}; expected a number")
+    return number
 
 
 def _find_duplicates(clips: list[Clip]) -> list[str]:
@@ -208,8 +213,6 @@ def split_validation(clips: list[Clip], count: int | None, seed: int) -> tuple[l
 
     `count` None: 5 % where there are at least 20 clips, none otherwise. Segments of one video stay together.
     """
-    from cogtune.draws import derive_seed
-
     count = (len(clips) // 20 if len(clips) >= 20 else 0) if count is None else count
     if count >= len(clips):
         raise UserError(f"data.validation_clips={count}: leaves none of {len(clips)} clips to train on")

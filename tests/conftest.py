@@ -1,0 +1,170 @@
+"""What tests share: tiny pipelines and clips made once, commands run in this process or in one of their own."""
+
+import os
+
+# Before torch is imported: the machines that run the tests have few cores, and sums must not depend on their number.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+def _write_pipeline(factory: pytest.TempPathFactory, model: str) -> Path:
+    from cogtune.random_pipeline import write_random_pipeline
+
+    folder = factory.mktemp("pipelines") / model
+    write_random_pipeline(folder, model)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random pipeline like 5B (rotary positions, no shift); 17 frames of 96x64. Copy it before changing it."""
+    return _write_pipeline(tmp_path_factory, "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_2b_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random pipeline like 2B (added positions, shift 3)."""
+    return _write_pipeline(tmp_path_factory, "tiny-2b")
+
+
+@pytest.fixture(scope="session")
+def skeleton_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function that gives a pipeline folder of a released architecture with all configs and empty weights."""
+    made: dict[str, Path] = {}
+
+    def make(model: str) -> Path:
+        from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+
+        from cogtune.random_pipeline import ARCHITECTURES
+
+        transformer, vae, shift = ARCHITECTURES[model]
+        with torch.device("meta"):
+            configs = {
+                "transformer/config.json": dict(CogVideoXTransformer3DModel(**transformer).config),
+                "vae/config.json": dict(AutoencoderKLCogVideoX(**vae).config),
+                "text_encoder/config.json": {"d_model": transformer["text_embed_dim"]},
+                "tokenizer/tokenizer_config.json": {},
+                "scheduler/scheduler_config.json": {
+                    "prediction_type": "v_prediction",
+                    "rescale_betas_zero_snr": True,
+                    "snr_shift_scale": shift,
+                },
+                "model_index.json": {
+                    name: ["library", "Class"]
+                    for name in ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
+                },
+            }
+        folder = tmp_path_factory.mktemp("skeletons") / model
+        for name, config in configs.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(json.dumps(config))
+        for name in ("transformer", "vae", "text_encoder"):
+            (folder / name / "weights.safetensors").write_bytes(b"")
+        return folder
+
+    def get(model: str) -> Path:
+        if model not in made:
+            made[model] = make(model)
+        return made[model]
+
+    return get
+
+
+def draw_clip(seed: int, num_frames: int = 17, height: int = 64, width: int = 96) -> np.ndarray:
+    """Smooth moving colours, uint8 [F, H, W, 3]: different for every seed."""
+    generator = np.random.default_rng(seed)
+    frame, row, column, channel = np.ogrid[:num_frames, :height, :width, :3]
+    waves = np.zeros((num_frames, height, width, 3))
+    for _ in range(3):
+        speed, down, across = generator.uniform(-0.15, 0.15, 3)
+        waves = waves + np.sin(speed * frame + down * row + across * column + generator.uniform(0, 6) + channel)
+    return np.clip(127.5 + 40 * waves, 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def clips_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six clips of 17 frames, 96x64, 8 fps, each with a caption beside it."""
+    from cogtune.video import write_video
+
+    folder = tmp_path_factory.mktemp("clips")
+    for index in range(6):
+        write_video(folder / f"clip{index}.mp4", draw_clip(index), 8)
+        (folder / f"clip{index}.txt").write_text(f"coloured waves, number {index}\n")
+    return folder
+
+
+@pytest.fixture
+def run_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """Runs a command of train/, data/ or scripts/ in this process: `run_command("train/lora.py", "--key=value")`.
+
+    A subprocess would spend seconds on imports; `run_process` is for the few tests that need a real one.
+    """
+    from cogtune.errors import run_command as run
+
+    def call(script: str, *arguments: Any) -> Outcome:
+        spec = importlib.util.spec_from_file_location("command_under_test", ROOT / script)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            spec.loader.exec_module(module)
+            run(module.main)
+        except SystemExit as end:
+            code = int(end.code or 0)
+        seen = capsys.readouterr()
+        return Outcome(code, seen.out, seen.err)
+
+    return call
+
+
+@pytest.fixture
+def run_process() -> Callable[..., Outcome]:
+    """Runs `python <arguments>` in a process of its own, from the repository's root."""
+
+    def call(*arguments: Any, timeout_seconds: float = 120, **environment: str) -> Outcome:
+        done = subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            cwd=ROOT,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout_seconds,
+        )
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    return call
