@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 from cogtune.errors import UserError
 
@@ -73,9 +73,11 @@ class Cache:
         """An entry's tensors, or None where it is missing or damaged (the damaged file is removed)."""
         path = self.path(kind, key)
         try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-                expected = (file.metadata() or {}).get("digest")
+            # In one go: `safe_open` opens the file twice, and another process may replace it in between.
+            content = path.read_bytes()
+            tensors = load(content)
+            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+            expected = header.get("__metadata__", {}).get("digest")
         except FileNotFoundError:
             return None
         except SafetensorError:

@@ -1,0 +1,247 @@
+"""Checkpoints: complete or not there at all, rotated, checked by digest; the optimizer comes back exactly."""
+
+import json
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cogtune.checkpoint import (
+    MANIFEST,
+    CheckpointFolder,
+    find_differences,
+    load_optimizer,
+    read_checkpoint,
+    save_optimizer,
+)
+from cogtune.config import OptimizerSettings
+from cogtune.errors import UserError
+from cogtune.optimization import make_optimizer
+
+
+def write_weights(seed: int, size: int = 1000) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        tensor = torch.randn(size, generator=torch.Generator().manual_seed(seed))
+        save_file({"weight": tensor}, folder / "weights.safetensors")
+        (folder / "sub").mkdir()
+        (folder / "sub" / "card.md").write_text(f"card {seed}")
+
+    return write
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> CheckpointFolder:
+    return CheckpointFolder(tmp_path / "checkpoints", keep_last=2)
+
+
+def collect(folder: CheckpointFolder) -> tuple[int | None, list[str]]:
+    reports: list[str] = []
+    found = folder.find_newest(reports.append)
+    return (found.step if found else None), reports
+
+
+def test_what_is_saved_is_found(folder: CheckpointFolder) -> None:
+    state = {"guard": {"scale": 2.0}, "config": {"train": {"seed": 1}}}
+    path = folder.save(7, state, write_weights(1))
+    assert path.name == "step-000007"
+    found = folder.find_newest(pytest.fail)
+    assert found is not None and (found.folder, found.step, found.state) == (path, 7, state)
+    listed = json.loads((path / MANIFEST).read_text())["files"]
+    assert sorted(listed) == ["sub/card.md", "weights.safetensors"], "every file but the manifest itself"
+
+
+def test_nothing_is_found_where_nothing_is(folder: CheckpointFolder) -> None:
+    assert collect(folder) == (None, [])
+
+
+def test_only_the_newest_are_kept(folder: CheckpointFolder) -> None:
+    for step in (5, 10, 15, 1_000_000, 999_999):
+        folder.save(step, {}, write_weights(step))
+    assert names(folder.folder) == ["step-1000000", "step-999999"]
+    assert collect(folder)[0] == 1_000_000, "ordered by number, not by name"
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "harm, expected",
+    [
+        (lambda path: damage(path / "weights.safetensors"), "weights.safetensors is damaged"),
+        (lambda path: damage(path / "sub" / "card.md"), "sub/card.md is damaged"),
+        (lambda path: (path / "sub" / "card.md").unlink(), "sub/card.md is missing"),
+        (lambda path: (path / MANIFEST).write_text('{"step": 20, "files": {'), "no complete manifest"),
+        (lambda path: (path / MANIFEST).write_text("[]"), "no complete manifest"),
+        (lambda path: (path / MANIFEST).write_text('{"step": 20, "files": {}}'), "no complete manifest"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over_and_reported(
+    folder: CheckpointFolder, harm: Callable[[Path], None], expected: str
+) -> None:
+    for step in (10, 20):
+        folder.save(step, {}, write_weights(step))
+    harm(folder.folder / "step-000020")
+    step, reports = collect(folder)
+    assert step == 10
+    assert len(reports) == 1 and expected in reports[0] and "step-000020" in reports[0] and "falling back" in reports[0]
+    with pytest.raises(UserError, match=expected):
+        read_checkpoint(folder.folder / "step-000020")
+
+
+def test_with_every_checkpoint_damaged_none_is_found(folder: CheckpointFolder) -> None:
+    for step in (10, 20):
+        damage(folder.save(step, {}, write_weights(step)) / "weights.safetensors")
+    step, reports = collect(folder)
+    assert step is None and len(reports) == 2
+
+
+def test_a_folder_without_manifest_is_never_resumed_from_nor_counted(folder: CheckpointFolder) -> None:
+    for step in (10, 20):
+        folder.save(step, {}, write_weights(step))
+    for name in ("step-000030", "step-000040"):
+        shutil.copytree(folder.folder / "step-000020", folder.folder / name)
+        (folder.folder / name / MANIFEST).unlink()
+    assert collect(folder) == (20, [])
+    folder.save(50, {}, write_weights(50))
+    complete = [path.parent.name for path in sorted(folder.folder.glob(f"*/{MANIFEST}"))]
+    assert complete == ["step-000020", "step-000050"], "the incomplete ones pushed no complete one out"
+
+
+def test_an_interrupted_save_leaves_the_older_one_and_no_new_one(folder: CheckpointFolder) -> None:
+    """As a kill would: the folder stays behind half-written, under its temporary name."""
+
+    def write_half(partial: Path) -> None:
+        (partial / "weights.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    folder.save(10, {}, write_weights(10))
+    with pytest.raises(KeyboardInterrupt):
+        folder.save(20, {}, write_half)
+    assert collect(folder) == (10, [])
+    assert len(names(folder.folder)) == 2
+    folder.remove_partial()
+    assert names(folder.folder) == ["step-000010"]
+    folder.save(20, {}, write_weights(20))
+    assert collect(folder) == (20, [])
+
+
+def test_a_leftover_of_a_killed_save_does_not_get_into_the_next(folder: CheckpointFolder) -> None:
+    def write_half(partial: Path) -> None:
+        (partial / "stray.bin").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        folder.save(20, {}, write_half)
+    path = folder.save(20, {}, write_weights(20))
+    assert not (path / "stray.bin").exists()
+
+
+def test_saving_a_step_again_replaces_it(folder: CheckpointFolder) -> None:
+    folder.save(10, {"run": 1}, write_weights(1))
+    folder.save(10, {"run": 2}, write_weights(2))
+    found = folder.find_newest(pytest.fail)
+    assert found is not None and found.state == {"run": 2} and names(folder.folder) == ["step-000010"]
+
+
+@contextmanager
+def full_disk(limit_bytes: int) -> Iterator[None]:
+    """Files can't grow beyond the limit: the system answers a write as it does on a full disk, with an error."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("kind", ["weights", "manifest"])
+def test_a_full_disk_keeps_the_older_checkpoint_and_leaves_nothing_half_written(
+    folder: CheckpointFolder, kind: str
+) -> None:
+    folder.save(10, {}, write_weights(10))
+    folder.save(20, {}, write_weights(20))
+    big = kind == "weights"
+    state = {} if big else {"long": "x" * 100_000}
+    with full_disk(50_000), pytest.raises(UserError) as caught:
+        folder.save(30, state, write_weights(30, size=100_000 if big else 10))
+    for part in ("checkpoint at step 30", "free some space", "step-000010, step-000020"):
+        assert part in str(caught.value)
+    assert names(folder.folder) == ["step-000010", "step-000020"]
+    assert collect(folder) == (20, [])
+
+
+def test_a_checkpoint_folder_that_cannot_be_made_is_an_error_of_the_user(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="complete checkpoints: none"):
+        CheckpointFolder(tmp_path / "file" / "checkpoints", keep_last=1).save(1, {}, write_weights(1))
+
+
+def make_training(seed: int) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
+    generator = torch.Generator().manual_seed(seed)
+    parameters = {
+        f"blocks.{i}.to_out.0.lora_A.weight": torch.nn.Parameter(torch.randn(3, 4, generator=generator))
+        for i in range(3)
+    }
+    return parameters, make_optimizer(list(parameters.values()), OptimizerSettings(learning_rate=0.01))
+
+
+def run_steps(parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for parameter in parameters.values():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+
+
+def test_the_optimizer_comes_back_exactly(tmp_path: Path) -> None:
+    straight, optimizer = make_training(0)
+    run_steps(straight, optimizer, range(3))
+    save_optimizer(optimizer, straight, tmp_path)
+    resumed, fresh = make_training(1)
+    with torch.no_grad():
+        for name, parameter in resumed.items():
+            parameter.copy_(straight[name])
+    load_optimizer(fresh, resumed, tmp_path)
+    for name, parameter in straight.items():
+        for key, value in optimizer.state[parameter].items():
+            assert torch.equal(fresh.state[resumed[name]][key], value), (name, key)
+    run_steps(straight, optimizer, range(3, 6))
+    run_steps(resumed, fresh, range(3, 6))
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_a_fresh_optimizer_can_be_saved(tmp_path: Path) -> None:
+    parameters, optimizer = make_training(0)
+    save_optimizer(optimizer, parameters, tmp_path)
+    load_optimizer(optimizer, parameters, tmp_path)
+    assert not optimizer.state
+
+
+def test_optimizer_state_of_other_parameters_is_refused(tmp_path: Path) -> None:
+    parameters, optimizer = make_training(0)
+    run_steps(parameters, optimizer, range(1))
+    save_optimizer(optimizer, parameters, tmp_path)
+    name = next(iter(parameters))
+    with pytest.raises(UserError, match=f"optimizer state of {name}"):
+        load_optimizer(optimizer, {k: v for k, v in parameters.items() if k != name}, tmp_path)
+
+
+def test_differences_are_named_by_key() -> None:
+    saved = {"train": {"seed": 1, "max_steps": 5}, "adapter": {"rank": 4}, "output_dir": "a", "memory": {"mode": "x"}}
+    current = {"train": {"seed": 2, "max_steps": 9}, "adapter": {"rank": 4, "new": 1}, "output_dir": "b", "memory": {}}
+    free = frozenset({"output_dir", "memory", "train.max_steps"})
+    assert find_differences(saved, current, free) == ["adapter.new: None -> 1", "train.seed: 1 -> 2"]
+    assert find_differences(saved, saved, frozenset()) == []
+    assert find_differences({"a": 1}, {}, frozenset()) == ["a: 1 -> None"]
