@@ -32,7 +32,7 @@ class Invocation:
 class _Parser(argparse.ArgumentParser):
     """Unknown options name the nearest known one; wrong usage is a `UserError` like any other."""
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
             option = unknown[0].split("=")[0]

@@ -29,7 +29,7 @@ def make_rotary(
         config.get(k, d) // facts.patch_size for k, d in (("sample_height", 60), ("sample_width", 90))
     )
     region = get_resize_crop_region_for_grid((rows, columns), base_columns, base_rows)
-    return get_3d_rotary_pos_embed(
+    return get_3d_rotary_pos_embed(  # pyright: ignore[reportReturnType]  # always a pair
         embed_dim=facts.head_dim,
         crops_coords=region,
         grid_size=(rows, columns),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLCogVideoX
@@ -100,9 +101,8 @@ def encode_captions(
 
 
 @torch.inference_mode()
-def embed(captions: list[str], tokenizer: object, encoder: torch.nn.Module, length: int) -> torch.Tensor:
+def embed(captions: list[str], tokenizer: Callable[..., Any], encoder: torch.nn.Module, length: int) -> torch.Tensor:
     """T5 embeddings [B, L, D] padded to `length`; no mask, as the released models were trained."""
-    assert callable(tokenizer)
     tokens = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     device = next(encoder.parameters()).device
     return encoder(tokens.input_ids.to(device))[0]
@@ -137,7 +137,7 @@ def encode_clips(
     by_key = {keys.latents(clip): clip for clip in clips}
     mine = _find_missing("latents", by_key, cache, share, quiet=quiet)
     if mine:
-        vae = models.load_vae(facts, dtype).to(device)
+        vae = models.load_vae(facts, dtype).to(device)  # pyright: ignore[reportArgumentType]
         with ClipDecoder(clip_format, num_workers=num_workers, timeout_seconds=timeout_seconds) as decoder:
             outcomes = decoder.decode([by_key[key] for key in mine])
             for outcome in tqdm(outcomes, "clips", total=len(mine), unit="clip", disable=quiet):

@@ -153,7 +153,7 @@ def quantize_transformer(pipeline: CogVideoXPipeline, kind: Quantization, device
     if kind == "none":
         return
     try:
-        from torchao.quantization import (  # optional extra
+        from torchao.quantization import (  # pyright: ignore[reportMissingImports]  # optional extra
             Float8DynamicActivationFloat8WeightConfig,
             Int8WeightOnlyConfig,
             PerRow,
@@ -185,7 +185,7 @@ def generate(pipeline: CogVideoXPipeline, request: Request, *, max_text_length: 
         max_sequence_length=max_text_length,
         output_type="pt",
         **_sampling_arguments(request),
-    ).frames[0]
+    ).frames[0]  # pyright: ignore[reportAttributeAccessIssue]
     return _to_uint8(video.permute(0, 2, 3, 1))
 
 
@@ -196,11 +196,11 @@ def generate_latents(
     """Sampled latents [1, F, C, H, W], scaled, from embeddings [L, D]; needs transformer and scheduler only."""
     guided = request.guidance_scale > 1.0
     return pipeline(
-        prompt_embeds=embeddings[None],
-        negative_prompt_embeds=negative_embeddings[None] if guided else None,
+        prompt_embeds=embeddings[None],  # pyright: ignore[reportArgumentType]
+        negative_prompt_embeds=negative_embeddings[None] if guided else None,  # pyright: ignore[reportArgumentType]
         output_type="latent",
         **_sampling_arguments(request),
-    ).frames
+    ).frames  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @torch.no_grad()

@@ -108,7 +108,11 @@ def write_random_pipeline(
         snr_shift_scale=snr_shift,
     )
     pipeline = CogVideoXPipeline(
-        tokenizer=tokenizer, text_encoder=encoder.to(dtype), vae=vae, transformer=transformer, scheduler=scheduler
+        tokenizer=tokenizer,
+        text_encoder=encoder.to(dtype),  # pyright: ignore[reportArgumentType]
+        vae=vae,
+        transformer=transformer,
+        scheduler=scheduler,
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
 

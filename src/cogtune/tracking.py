@@ -28,7 +28,7 @@ class _WandbTracker:
             self._run = wandb.init(
                 project=project, mode=mode, dir=str(folder), config=config, id=run_id, resume="allow", name=folder.name
             )
-        except wandb.errors.UsageError as error:
+        except wandb.errors.UsageError as error:  # pyright: ignore[reportAttributeAccessIssue]
             raise UserError(
                 f"tracking.report_to=wandb: {error}; log in with `wandb login`, or set tracking.wandb_mode=offline"
             ) from None
@@ -104,7 +104,7 @@ class MetricsLog:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         if self._tracker is not None:
-            flat = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
+            flat: dict[str, float] = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
             for name, nested in row.items():
                 if isinstance(nested, dict):
                     flat |= {f"{name}/{key}": value for key, value in nested.items()}

@@ -115,7 +115,7 @@ def generate_videos(
             embeddings = [_read_embeddings(cache, key).to(device, dtype) for key in (job.text_key, job.negative_key)]
             latents.append(generate_latents(pipeline, job.request, *embeddings).cpu())
     release_memory(device)
-    vae = models.load_vae(facts, dtype).to(device)
+    vae = models.load_vae(facts, dtype).to(device)  # pyright: ignore[reportArgumentType]
     vae.enable_tiling()
     for job, sample in zip(jobs, latents, strict=True):
         frames = decode_latents(vae, sample, facts.scaling_factor)

@@ -184,10 +184,10 @@ def write_video(path: Path, frames: np.ndarray, fps: float, *, crf: int = 12) ->
     writer = write_frames(
         str(temporary),
         (width, height),
-        fps=fps,
+        fps=fps,  # pyright: ignore[reportArgumentType]
         codec="libx264",
         macro_block_size=1,
-        quality=None,
+        quality=None,  # pyright: ignore[reportArgumentType]
         output_params=["-crf", str(crf), "-preset", "fast", "-movflags", "+faststart"],
     )
     writer.send(None)
