@@ -1,0 +1,49 @@
+# demo, test, lint, format: each makes .venv by itself when it is missing, or older than pyproject.toml.
+#
+#   make test
+#   make test TORCH="torch==2.13.0"                     that build of PyTorch first, instead of what pip chooses
+#   make test CONSTRAINTS=constraints/oldest.txt        the oldest dependencies
+#   make test PYTEST_ARGS="tests/unit -k cache"
+
+PYTHON ?= python3
+TORCH ?= torch
+CONSTRAINTS ?=
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.stamp
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+# Each worker holds PyTorch and models of its own, about 1 GB: one per core, at most four.
+XDIST := -n logical --maxprocesses 4
+WANTED := $(TORCH) $(CONSTRAINTS)
+
+.PHONY: demo test lint format
+
+demo: $(STAMP)
+	@$(BIN)/python scripts/demo.py
+
+test: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(XDIST) $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	@failed=0; \
+	$(BIN)/ruff check --quiet || failed=1; \
+	$(BIN)/ruff format --check --quiet || failed=1; \
+	$(BIN)/basedpyright --pythonpath $(BIN)/python || failed=1; \
+	exit $$failed
+
+format: $(STAMP)
+	@$(BIN)/ruff check --quiet --fix
+	@$(BIN)/ruff format --quiet
+
+# What a .venv was made with is in its stamp; other wishes bring it up to date. What is installed already stays.
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(strip $(WANTED)))
+.PHONY: $(STAMP)
+endif
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@echo "installing into .venv (the first time takes a few minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PIP) "$(TORCH)"
+	@$(PIP) --editable ".[dev]"
+	@echo "$(strip $(WANTED))" > $@
