@@ -151,7 +151,7 @@ def test_shares_cover_the_work_once() -> None:
 
 def test_cut_captions_are_counted_in_tokens(facts: ModelFacts) -> None:
     tokenizer = AutoTokenizer.from_pretrained(facts.folder / "tokenizer")
-    captions = [" ".join(["ball"] * n + ["a"] * m) for n in range(12) for m in range(1, 4)]
+    captions = [" ".join(["ball"] * n + ["a"] * m) for n in range(1, 12) for m in range(4)]
     lengths = [len(tokenizer(caption).input_ids) for caption in captions]
     assert {facts.max_text_length, facts.max_text_length + 1} <= set(lengths)
     expected = [(i, length) for i, length in enumerate(lengths) if length > facts.max_text_length]
