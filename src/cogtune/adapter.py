@@ -67,9 +67,10 @@ def match_targets(module_names: list[str], patterns: list[str]) -> list[str]:
         hits = [name for name in module_names if re.fullmatch(_as_regex(pattern), name)]
         if not hits:
             known = sorted({name.split(".", 2)[-1] for name in module_names})
+            short = sorted({name.split("attn1.")[-1] for name in known})
             raise UserError(
-                f"adapter.target_modules: {pattern!r} matches no linear layer{nearest(pattern, known)}; "
-                f"known: {', '.join(known[:16])}"
+                f"adapter.target_modules: {pattern!r} matches no linear layer{nearest(pattern, short)}; "
+                f"known: {', '.join(short[:16])}"
             )
         matched.update(hits)
     return [name for name in module_names if name in matched]
