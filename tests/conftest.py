@@ -126,26 +126,40 @@ def clips_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def _execute(script: str, *arguments: Any) -> int:
+    """A command of train/, data/ or scripts/ in this process; its exit code."""
+    from cogtune.errors import run_command as run
+
+    spec = importlib.util.spec_from_file_location("command_under_test", ROOT / script)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    before, sys.argv = sys.argv, [script, *map(str, arguments)]
+    try:
+        spec.loader.exec_module(module)
+        run(module.main)
+    except SystemExit as end:
+        return int(end.code or 0)
+    finally:
+        sys.argv = before
+    return 0
+
+
+@pytest.fixture(scope="session")
+def execute() -> Callable[..., int]:
+    """Runs a command in this process for what it leaves on disk: `execute("train/lora.py", "--key=value")`."""
+    return _execute
+
+
 @pytest.fixture
-def run_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
-    """Runs a command of train/, data/ or scripts/ in this process: `run_command("train/lora.py", "--key=value")`.
+def run_command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Like `execute`, with what the command prints.
 
     A subprocess would spend seconds on imports; `run_process` is for the few tests that need a real one.
     """
-    from cogtune.errors import run_command as run
 
     def call(script: str, *arguments: Any) -> Outcome:
-        spec = importlib.util.spec_from_file_location("command_under_test", ROOT / script)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         capsys.readouterr()
-        code = 0
-        try:
-            spec.loader.exec_module(module)
-            run(module.main)
-        except SystemExit as end:
-            code = int(end.code or 0)
+        code = _execute(script, *arguments)
         seen = capsys.readouterr()
         return Outcome(code, seen.out, seen.err)
 

@@ -217,9 +217,10 @@ def read_adapter_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
 def check_adapter_fits(state: dict[str, torch.Tensor], transformer: torch.nn.Module, path: os.PathLike[str]) -> None:
     """Raises `UserError` where an adapter's tensors belong to another model, naming the first that differs."""
     linears = {name: m for name, m in transformer.named_modules() if isinstance(m, torch.nn.Linear | BaseTunerLayer)}
+    ranks: dict[str, dict[str, int]] = {}
     for key, tensor in state.items():
         match = re.fullmatch(r"transformer\.(.+)\.lora_([AB])\.weight", key)
-        if match is None:
+        if match is None or tensor.ndim != 2:
             if "lora_magnitude_vector" in key:
                 continue
             raise UserError(
@@ -237,3 +238,12 @@ def check_adapter_fits(state: dict[str, torch.Tensor], transformer: torch.nn.Mod
                 f"--lora {path}: {match[1]} is {seen} wide in the adapter and {size} in this model; "
                 "the adapter is another model's"
             )
+        ranks.setdefault(match[1], {})[match[2]] = tensor.shape[0] if match[2] == "A" else tensor.shape[1]
+    for name, rank in ranks.items():
+        if rank.get("A") != rank.get("B"):
+            raise UserError(
+                f"--lora {path}: {name} has rank {rank.get('A')} in lora_A and {rank.get('B')} in lora_B; "
+                "the file is damaged or put together from two"
+            )
+    if not ranks:
+        raise UserError(f"--lora {path}: no adapter's tensors in it; give a file that training wrote")

@@ -147,7 +147,7 @@ class ClipDecoder:
                     continue
                 worker.task = None
                 yield Decoded(task.index, frames, ClipError(kind, message) if kind else None), None
-            elif time.monotonic() >= task.deadline:
+            elif time.monotonic() >= task.deadline and not pipe.poll():  # it may have answered meanwhile
                 yield self._replace(worker, task, clips, f"no frame within {self._timeout:g} s")
 
     def _replace(
