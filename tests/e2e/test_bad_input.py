@@ -248,14 +248,29 @@ def test_clips_that_cannot_be_used(run_command, arguments, bad_clips: Path, tmp_
         assert part in outcome.out
 
 
-def test_checking_bad_clips(run_command, arguments, bad_clips: Path, tmp_path: Path) -> None:
+def test_checking_tells_what_is_usable_and_what_is_not(run_command, arguments, bad_clips: Path, tmp_path: Path) -> None:
+    folder = bad_clips.parent
+    shutil.copy(folder / "a.mp4", folder / "again.mp4")
+    write_video(folder / "wide.mp4", np.zeros((17, 64, 192, 3), np.uint8), 8)
+    write_video(folder / "small.mp4", np.zeros((17, 32, 48, 3), np.uint8), 8)
+    with bad_clips.open("a") as file:
+        file.write(rows(("again.mp4", "one caption"), ("wide.mp4", "many words " * 30), ("small.mp4", "x")))
     before = tree(tmp_path)
     outcome = run_command(CHECK, *arguments(data__manifest=bad_clips, data__cache_dir="cache"))
     assert outcome.code == 0, outcome.err
-    lines = dict(line.rsplit(maxsplit=1) for line in outcome.out.splitlines()[:7])
-    counts = {name.strip(): int(count) for name, count in lines.items()}
-    assert counts["clips"] == 5 and counts["usable"] == 1
-    assert counts["too short"] + counts["unreadable"] == 4 and counts["too short"] >= 1
+    table = dict(line.rsplit(maxsplit=1) for line in outcome.out.splitlines()[:7])
+    counts = {name.strip(): int(count) for name, count in table.items()}
+    assert counts.pop("too short") + counts.pop("unreadable") == 4
+    assert counts == {"clips": 8, "usable": 4, "wrong size": 2, "duplicate content": 1, "caption cut": 1}
+    for line in (
+        "too short: short.mp4: ",
+        "unreadable: empty.mp4: ",
+        "wrong size: wide.mp4: 192x64: 50 % of the picture is cut off for 96x64",
+        "wrong size: small.mp4: 48x32 is enlarged 2.00 times",
+        "duplicate content: again.mp4: the same video as a.mp4",
+        "caption cut: wide.mp4: ",
+    ):
+        assert line in outcome.out
     assert tree(tmp_path) == before, "checking changes nothing"
 
     bad_clips.write_text(rows(("empty.mp4", "x"), ("text.mp4", "x")))

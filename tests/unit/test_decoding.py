@@ -101,13 +101,13 @@ def test_hanging_and_dying_decoders_cost_only_their_clip(make_clip, bad_decoders
     """A worker that hangs is ended at the time limit; PyAV alone then has a try, and what follows is unharmed."""
     names = ["hangs-decord", "dies-decord-hangs-pyav", "good"]
     clips = [make_clip(f"{name}.mp4", index) for index, name in enumerate(names)]
-    outcomes = decode(clips, timeout_seconds=1.2)
+    outcomes = decode(clips, timeout_seconds=2)
     assert [outcome.index for outcome in outcomes] == [0, 1, 2]
     for index in (0, 2):
         assert_decoded(outcomes[index], clips[index])
     problem = outcomes[1].problem
     assert problem is not None and outcomes[1].frames is None and problem.kind == "unreadable"
-    assert all(part in str(problem) for part in ("dies-decord-hangs-pyav.mp4", "no frame within 1.2 s", "re-encode"))
+    assert all(part in str(problem) for part in ("dies-decord-hangs-pyav.mp4", "no frame within 2 s", "re-encode"))
 
 
 def test_bad_files_are_reported_and_the_rest_is_decoded(make_clip, tmp_path: Path) -> None:
