@@ -1,0 +1,181 @@
+"""Training on a GPU: fast paths against the plain one, float16 with loss scaling, no waiting for the device, memory."""
+
+import gc
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from cogtune import models
+from cogtune.adapter import adapter_parameters, add_lora
+from cogtune.config import AdapterSettings
+from cogtune.execution import Activations, configure_blocks
+from cogtune.trainer import Trainer
+
+WIDTH, TOKENS_TEXT = 512, 226
+
+
+def make_blocks(dtype: torch.dtype, seed: int = 0) -> torch.nn.Module:
+    """A transformer of 5B's kind, two layers of eight heads, with an adapter that has left its start."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    torch.manual_seed(seed)
+    with torch.device("cuda"):
+        transformer = CogVideoXTransformer3DModel(
+            num_attention_heads=8, num_layers=2, text_embed_dim=64, use_rotary_positional_embeddings=True
+        ).to(dtype)
+    transformer.requires_grad_(False)
+    add_lora(transformer, AdapterSettings(rank=16), seed=1)
+    transformer.to("cuda")
+    with torch.no_grad():
+        for name, parameter in adapter_parameters(transformer).items():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02, generator=torch.Generator("cuda").manual_seed(2))
+    return transformer
+
+
+def loss_and_gradients(transformer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """On the same random input each time: 5 latent frames of 240x360 pixels."""
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
+    generator = torch.Generator("cuda").manual_seed(3)
+    dtype = next(transformer.parameters()).dtype
+    latents = torch.randn(1, 5, 16, 30, 44, device="cuda", generator=generator)
+    text = torch.randn(1, TOKENS_TEXT, 64, device="cuda", generator=generator)
+    rotary = get_3d_rotary_pos_embed(64, ((0, 0), (15, 22)), (15, 22), 5, device="cuda")
+    transformer.zero_grad(set_to_none=True)
+    output = transformer(
+        latents.to(dtype),
+        text.to(dtype),
+        torch.tensor([500], device="cuda"),
+        image_rotary_emb=rotary,
+        return_dict=False,
+    )[0]
+    loss = (output.float() - latents).square().mean()
+    loss.backward()
+    gradients = [p.grad.flatten().double() for p in adapter_parameters(transformer).values() if p.grad is not None]
+    return loss.detach().double(), torch.cat(gradients)
+
+
+@pytest.mark.parametrize("activations", ["keep_all", "keep_attention", "recompute"])
+def test_compiled_low_precision_is_near_eager_float32(activations: Activations) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    loss, gradients = loss_and_gradients(make_blocks(torch.float32))
+    plain_loss, plain = loss_and_gradients(make_blocks(torch.bfloat16))
+    fast = make_blocks(torch.bfloat16)
+    configure_blocks(fast, activations, compiled=True, has_dropout=False)
+    fast_loss, fast_gradients = loss_and_gradients(fast)
+    error = (fast_gradients - gradients).norm() / gradients.norm()
+    plain_error = (plain - gradients).norm() / gradients.norm()
+    assert abs(fast_loss - loss) / loss < 2e-3
+    # bfloat16 itself is this far from float32; the fast path may not be further off.
+    assert error < max(0.03, 1.2 * plain_error), (error, plain_error)
+    assert abs(plain_loss - loss) / loss < 2e-3
+
+
+def test_each_rung_keeps_less_memory_and_blocks_share_one_compilation() -> None:
+    peaks = {}
+    for activations in ("keep_all", "keep_attention", "recompute"):
+        torch._dynamo.reset()
+        transformer = make_blocks(torch.bfloat16)
+        configure_blocks(transformer, activations, compiled=True, has_dropout=False)
+        loss_and_gradients(transformer)
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.compiler.set_stance("fail_on_recompile"):
+            loss_and_gradients(transformer)
+        peaks[activations] = torch.cuda.max_memory_allocated() - before
+    assert peaks["recompute"] < peaks["keep_attention"] < peaks["keep_all"]
+
+
+@pytest.fixture
+def make_job(clips_folder: Path, tmp_path: Path) -> Callable[..., Path]:
+    def make(model: Path, **sections: dict[str, Any]) -> Path:
+        values: dict[str, Any] = {
+            "model": {"path": str(model)},
+            "data": {"manifest": str(clips_folder), "cache_dir": str(tmp_path / "cache"), "validation_clips": 1},
+            "train": {"max_steps": 12},
+            "validation": {"prompts": ["waves"], "num_inference_steps": 2},
+            "checkpoint": {"every_steps": 6},
+            "tracking": {"log_every_steps": 4},
+            "output_dir": str(tmp_path / "run"),
+        }
+        for section, settings in sections.items():
+            values[section] = values.get(section, {}) | settings
+        path = tmp_path / "job.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    return make
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("script", ["train/lora.py", "train/sft.py"])
+@pytest.mark.parametrize(("pipeline_fixture", "dtype"), [("tiny_folder", "bfloat16"), ("tiny_2b_folder", "float16")])
+def test_whole_job_in_low_precision_resumes_exactly(
+    script: str, pipeline_fixture: str, dtype: str, make_job: Callable[..., Path], run_command: Any,
+    request: pytest.FixtureRequest, tmp_path: Path,
+) -> None:  # fmt: skip
+    folder = request.getfixturevalue(pipeline_fixture)
+    assert models.read_facts(folder).dtype == getattr(torch, dtype)
+    job = make_job(folder)
+    outcome = run_command(script, "--config", job)
+    assert outcome.code == 0, outcome.err
+    straight = [row["loss"] for row in rows_of(tmp_path / "run") if "loss" in row]
+    import shutil
+
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000012")
+    assert "at step 6" in run_command(script, "--config", job).out
+    resumed = [row["loss"] for row in rows_of(tmp_path / "run") if "loss" in row]
+    assert resumed[-1] == pytest.approx(straight[-1], rel=1e-6)
+    assert all(loss == loss and loss < 10 for loss in straight)
+
+
+def test_no_step_waits_for_the_device(
+    make_job: Callable[..., Path], run_command: Any, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With CUDA's synchronisation check set to raise inside every step, training goes through."""
+    run_step = Trainer._run_step
+    steps = []
+
+    def watched(self: Trainer, *args: Any) -> Any:
+        if self.step >= 3:  # the first ones compile
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            steps.append(self.step)
+            return run_step(self, *args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Trainer, "_run_step", watched)
+    settings = {"enabled": False}
+    outcome = run_command("train/lora.py", "--config", make_job(tiny_folder, validation=settings))
+    assert outcome.code == 0, outcome.err
+    assert len(steps) == 12
+
+
+def test_out_of_memory_says_what_to_turn(
+    make_job: Callable[..., Path], run_command: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
+    job = make_job(tiny_folder, memory={"mode": "keep_all"}, train={"max_steps": 2, "batch_size": 64, "compile": "off"})
+    assert run_command("data/prepare.py", "--config", job).code == 0
+    gc.collect()
+    torch.cuda.empty_cache()
+    total = torch.cuda.mem_get_info()[1]
+    limit = torch.cuda.memory_reserved() + (48 << 20)
+    torch.cuda.set_per_process_memory_fraction(limit / total)
+    try:
+        outcome = run_command("train/lora.py", "--config", job, "--validation.enabled=false")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert outcome.code == 2
+    assert "out of memory on the device" in outcome.err and "memory.mode=recompute" in outcome.err
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
