@@ -1,47 +1,48 @@
-"""Trains the embedded model's autoencoder from random weights on clips rendered on the fly.
+"""Trains the embedded model's autoencoder from random weights on clips rendered meanwhile.
 
     python scripts/embedded/train_vae.py --out runs/vae --minutes 8
 
-Writes `vae/` (the EMA weights in float16, what `from_pretrained` loads), `curve.jsonl`, and what `--resume` continues
-from: `weights.safetensors`, `moments_1.safetensors`, `moments_2.safetensors`. Needs torch, diffusers and numpy alone.
+Writes `vae/` (the EMA weights in float16, what `from_pretrained` loads), `curve.jsonl`, and `weights.safetensors`,
+which `--resume` continues from with new moments: after each third of the time. Needs torch, diffusers and numpy alone.
+
+On CUDA the whole step, optimizer included, is one CUDA graph; where capturing fails it says so and goes on without.
 """
 
 import argparse
 import copy
+import functools
 import json
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import AutoencoderKLCogVideoX
-from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from cogtune.errors import run_command
 from cogtune.shapes.frame_convolution import use_frame_convolutions
-from cogtune.shapes.imagery import Imagery, sample_imagery
+from cogtune.shapes.imagery import sample_imagery
+from cogtune.shapes.pool import ClipPool, DevicePool
 from cogtune.shapes.reconstruction import (
     halve_colour_resolution,
     measure_latents,
     measure_psnr,
     reconstruction_loss,
-    to_pixels,
 )
+from cogtune.shapes.recorded_step import RecordedStep
 from cogtune.shapes.render import render
-from cogtune.shapes.world import HEIGHT, WIDTH, sample_clip
+from cogtune.shapes.spatial_norm import use_small_spatial_norms
+from cogtune.shapes.world import HEIGHT, NUM_FRAMES, WIDTH, sample_clip
 
 UNSEEN_SEED = 1_000_003  # of the clips that PSNR is measured on
-CROP_HEIGHT, CROP_WIDTH = 48, 64  # half a frame's pixels: twice as many steps while the large errors go
-WHOLE_FRAMES_FROM = 0.6  # of the time
 MAX_LATENT_NOISE = 0.1  # deviations; what a small denoiser leaves on the latents must not show
+QUIET_FROM, QUIET_NOISE = 0.6, 0.02  # of the time; noise costs sharpness, so the end is nearly without
 EMA_DECAY = 0.999
 MEASURING_SECONDS = 30  # kept back at the end for saving and measuring
+CONVOLUTIONS = ("volumes", "volumes_last", "frames")  # equal but for rounding; _last is with channels last
 Tensors = list[Tensor]
 
 
@@ -55,7 +56,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--widths", type=int, nargs=4, default=[24, 40, 56, 56], help="channels, finest level first")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=14)
+    parser.add_argument("--workers", type=int, default=13, help="processes that render clips")
+    parser.add_argument("--pool", type=int, default=16384, help="clips kept in memory, 313 kB each")
+    parser.add_argument("--convolutions", choices=["fastest", *CONVOLUTIONS], default="fastest")
     parser.add_argument("--unseen", type=int, default=200, help="clips that PSNR is measured on")
     parser.add_argument("--resume", type=Path, help="--out of an earlier run; use another --seed for other clips")
     return parser.parse_args()
@@ -74,68 +77,86 @@ def make_vae(widths: list[int]) -> AutoencoderKLCogVideoX:
     )
 
 
-def read_batches(arguments: argparse.Namespace) -> Iterator[NDArray[np.uint8]]:
-    """Endless batches uint8 [B, F, H, W, 3], each clip new, rendered in worker processes."""
-    loader = DataLoader(
-        Imagery(arguments.seed, 10**8),  # pyright: ignore[reportArgumentType] # a data set by its methods
-        batch_size=arguments.batch_size,
-        num_workers=arguments.workers,
-        collate_fn=np.stack,  # arrays go through pipes; tensors would need a large /dev/shm
-        prefetch_factor=4 if arguments.workers else None,
-    )
-    return iter(loader)
+def update(
+    vae: AutoencoderKLCogVideoX, optimizer: torch.optim.Optimizer, pixels: Tensor, noise: Tensor
+) -> dict[str, Tensor]:
+    """One training step: the passes, the gradients clipped, the float32 masters moved, the passes' weights after them.
 
-
-def prepare_batch(clips: NDArray[np.uint8], progress: float, device: torch.device, rng: torch.Generator) -> Tensor:
-    """Pixels [B, 3, F, H, W]: half of the clips with a video file's colour resolution, cropped in the first phase."""
-    pixels = to_pixels(torch.from_numpy(clips).to(device))
-    half = len(pixels) // 2
-    pixels = torch.cat([halve_colour_resolution(pixels[:half]), pixels[half:]])
-    if progress >= WHOLE_FRAMES_FROM:
-        return pixels
-    top = int(torch.randint(0, HEIGHT - CROP_HEIGHT + 1, (), generator=rng))
-    left = int(torch.randint(0, WIDTH - CROP_WIDTH + 1, (), generator=rng))
-    return pixels[..., top : top + CROP_HEIGHT, left : left + CROP_WIDTH]
-
-
-def backpropagate(vae: AutoencoderKLCogVideoX, pixels: Tensor) -> dict[str, Tensor]:
-    """One forward and backward pass; the decoder sees sampled latents with noise of 0 to MAX_LATENT_NOISE on top."""
+    The decoder sees the latents' means with the noise. The divergence's weight is so low that the posterior's own
+    deviation stays far below the noise: it is not sampled.
+    """
+    masters: Tensors = optimizer.param_groups[0]["params"]
+    parameters = list(vae.parameters())
     (posterior,) = vae.encode(pixels.to(vae.dtype), return_dict=False)
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
-    strength = MAX_LATENT_NOISE * torch.rand(len(mean), 1, 1, 1, 1, device=mean.device)
-    deviation = (logvar.exp() + strength.square()).sqrt()
-    latents = mean + deviation * torch.randn_like(mean)
-    (decoded,) = vae.decode(latents.to(vae.dtype), return_dict=False)
+    (decoded,) = vae.decode((mean + noise).to(vae.dtype), return_dict=False)
     loss, parts = reconstruction_loss(pixels, decoded.float(), mean, logvar)
-    loss.backward()
-    return parts
+    gradients = torch.autograd.grad(loss, parameters)
+    with torch.no_grad():
+        for master, gradient in zip(masters, gradients, strict=True):
+            assert master.grad is not None, "the gradients' buffers are fixed, too"
+            master.grad.copy_(gradient)
+    norm = torch.nn.utils.clip_grad_norm_(masters, 1.0)
+    optimizer.step()
+    with torch.no_grad():  # one call for all tensors: hundreds of small ones would take as long as the pass
+        torch._foreach_copy_(parameters, masters)  # pyright: ignore[reportPrivateImportUsage]
+    return {"loss": loss.detach(), "grad_norm": norm, **parts}
 
 
-def choose_convolutions(vae: AutoencoderKLCogVideoX, pixels: Tensor) -> AutoencoderKLCogVideoX:
-    """The autoencoder with its convolutions run in whichever of three equal ways is fastest here."""
-    timed: list[tuple[float, AutoencoderKLCogVideoX]] = []
-    for way in ("frames", "volumes", "volumes, channels last"):
+def fill(step: RecordedStep, pool: DevicePool, strength: float) -> None:
+    """Draws a batch, and for each clip latent noise of 0 to `strength` deviations."""
+    pixels, noise = step.inputs
+    drawn = pool.sample(len(pixels))
+    half = len(pixels) // 2  # a video file's colours
+    pixels.copy_(torch.cat([halve_colour_resolution(drawn[:half]), drawn[half:]]))
+    strengths = strength * torch.rand(len(noise), 1, 1, 1, 1, device=noise.device, generator=pool.rng)
+    noise.normal_(generator=pool.rng).mul_(strengths)
+
+
+def prepare_step(
+    arguments: argparse.Namespace, vae: AutoencoderKLCogVideoX, optimizer: torch.optim.Optimizer, pool: DevicePool
+) -> RecordedStep:
+    """The step with its graph, and with the convolutions run in whichever of the equal ways is fastest here."""
+    device = pool.clips.device
+    pixels = torch.zeros(arguments.batch_size, 3, NUM_FRAMES, HEIGHT, WIDTH, device=device)
+    noise = torch.zeros(len(pixels), 16, (NUM_FRAMES - 1) // 4 + 1, HEIGHT // 8, WIDTH // 8, device=device)
+    for master in optimizer.param_groups[0]["params"]:
+        master.grad = torch.zeros_like(master)
+    if device.type == "cpu":
+        use_frame_convolutions(vae)
+        use_small_spatial_norms(vae)
+        return RecordedStep(functools.partial(update, vae, optimizer), (pixels, noise))
+    best: tuple[float, RecordedStep] | None = None
+    for way in CONVOLUTIONS if arguments.convolutions == "fastest" else (arguments.convolutions,):
         candidate = copy.deepcopy(vae)
         if way == "frames":
             use_frame_convolutions(candidate)
-            if pixels.device.type == "cpu":
-                return candidate
-        elif way != "volumes":
+        elif way == "volumes_last":
             for parameter in candidate.parameters():
                 layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(parameter.dim())
                 if layout is not None:
                     parameter.data = parameter.data.contiguous(memory_format=layout)
-        for _ in range(2):  # the first steps choose kernels
-            backpropagate(candidate, pixels)
-        torch.cuda.synchronize()
+        use_small_spatial_norms(candidate)  # after the copy: it binds the modules themselves
+        step = RecordedStep(functools.partial(update, candidate, optimizer), (pixels, noise))
+        fill(step, pool, MAX_LATENT_NOISE)
         started = time.perf_counter()
-        for _ in range(4):
-            backpropagate(candidate, pixels)
-        torch.cuda.synchronize()
-        timed.append(((time.perf_counter() - started) / 4, candidate))
-        candidate.zero_grad(set_to_none=True)
-        print(f"convolutions by {way}: {timed[-1][0]:.3f} s a step of {tuple(pixels.shape)}", flush=True)
-    return min(timed, key=lambda entry: entry[0])[1]
+        step.capture(compared=("loss", "grad_norm"))
+        took, eager, seconds = time.perf_counter() - started, step.time(eager=True), step.time(eager=False)
+        print(
+            f"{way}: {1000 * eager:.1f} ms a step eagerly, {1000 * seconds:.1f} ms as trained; ready in {took:.1f} s, "
+            f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB",
+            flush=True,
+        )
+        if best is None or seconds < best[0]:
+            best = (seconds, step)
+        del step, candidate
+        torch.cuda.empty_cache()
+    assert best is not None
+    torch.backends.cudnn.benchmark = best[1].graph is None  # measuring has other shapes: not worth the trials
+    for state in optimizer.state.values():  # forget the one batch that all this was tried on
+        for tensor in state.values():
+            tensor.zero_()
+    return best[1]
 
 
 def learning_rate_at(progress: float, step: int, peak: float) -> float:
@@ -144,10 +165,9 @@ def learning_rate_at(progress: float, step: int, peak: float) -> float:
 
 
 def save(
-    arguments: argparse.Namespace, vae: AutoencoderKLCogVideoX, optimizer: torch.optim.Optimizer, ema: Tensors
+    arguments: argparse.Namespace, vae: AutoencoderKLCogVideoX, masters: Tensors, ema: Tensors
 ) -> AutoencoderKLCogVideoX:
     """Writes the smoothed weights as a model folder and what resuming needs; returns the model as written."""
-    masters: Tensors = optimizer.param_groups[0]["params"]
     names = [name for name, _ in vae.named_parameters()]
     smooth = make_vae(arguments.widths)
     smooth.load_state_dict({name: tensor.half().float() for name, tensor in zip(names, ema, strict=True)})
@@ -156,14 +176,8 @@ def save(
     clips = np.stack([render(sample_clip("base", UNSEEN_SEED, index)) for index in range(100)])
     smooth.register_to_config(scaling_factor=float(1.0 / measure_latents(smooth, clips).std()))
     copy.deepcopy(smooth).half().save_pretrained(arguments.out / "vae")
-    state = {
-        "weights": masters,
-        "moments_1": [optimizer.state[master]["exp_avg"] for master in masters],
-        "moments_2": [optimizer.state[master]["exp_avg_sq"] for master in masters],
-    }
-    for file, tensors in state.items():
-        flat = {name: tensor.cpu().contiguous() for name, tensor in zip(names, tensors, strict=True)}
-        save_file(flat, arguments.out / f"{file}.safetensors")
+    flat = {name: master.detach().cpu().contiguous() for name, master in zip(names, masters, strict=True)}
+    save_file(flat, arguments.out / "weights.safetensors")
     return smooth
 
 
@@ -185,29 +199,15 @@ def report(vae: AutoencoderKLCogVideoX, count: int) -> dict[str, float]:
     return {name: round(value, 3) for name, value in measured.items()}
 
 
-def update(optimizer: torch.optim.Optimizer, parameters: Tensors, ema: Tensors, step: int) -> Tensor:
-    """Steps the float32 masters with the gradients of the passes' weights, then both copies; returns the norm.
-
-    Every convolution takes part in every pass, so no gradient is missing.
-    """
-    masters: Tensors = optimizer.param_groups[0]["params"]
-    for master, parameter in zip(masters, parameters, strict=True):
-        master.grad = cast(Tensor, parameter.grad).float()
-        parameter.grad = None
-    norm = torch.nn.utils.clip_grad_norm_(masters, 1.0)
-    optimizer.step()
-    with torch.no_grad():  # one call for all tensors: hundreds of small ones would take as long as the pass
-        torch._foreach_copy_(parameters, masters)  # pyright: ignore[reportPrivateImportUsage]
-        torch._foreach_lerp_(ema, masters, 1 - min(EMA_DECAY, (1 + step) / (10 + step)))  # pyright: ignore[reportPrivateImportUsage]
-    return norm
-
-
-def train(arguments: argparse.Namespace, started: float, device: torch.device) -> tuple[AutoencoderKLCogVideoX, int]:
+def train(
+    arguments: argparse.Namespace, started: float, device: torch.device, rendered: ClipPool
+) -> tuple[AutoencoderKLCogVideoX, int]:
     """Trains until the time or the steps are over; returns the smoothed model as saved, and the number of steps."""
-    batches = read_batches(arguments)
-    first = next(batches)  # the workers start before CUDA does
+    while rendered.count_ready() < min(len(rendered.clips), 4 * arguments.batch_size):
+        time.sleep(0.1)
+    pool = DevicePool(rendered, device, arguments.seed)
+    pool.refresh()
     torch.manual_seed(arguments.seed)
-    rng = torch.Generator().manual_seed(arguments.seed)
     vae = make_vae(arguments.widths)
     if arguments.resume:
         vae.load_state_dict(load_file(arguments.resume / "weights.safetensors"))
@@ -215,35 +215,36 @@ def train(arguments: argparse.Namespace, started: float, device: torch.device) -
     # their memory traffic is most of the time.
     masters = [parameter.detach().clone().to(device) for parameter in vae.parameters()]
     ema = [master.clone() for master in masters]
-    nn.Module.to(vae, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    vae = choose_convolutions(vae, prepare_batch(first, 0.0, device, rng))
-    parameters: Tensors = list(vae.parameters())
-    optimizer = torch.optim.AdamW(masters, betas=(0.9, 0.99), weight_decay=1e-3)
-    if arguments.resume:
-        restore_moments(optimizer, vae, arguments.resume)
-    begun = printed = saved = time.monotonic()
+    cuda = device.type == "cuda"
+    nn.Module.to(vae, device, torch.bfloat16 if cuda else torch.float32)
+    rate = torch.zeros((), device=device)
+    optimizer = torch.optim.AdamW(masters, lr=rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=cuda, capturable=cuda)
+    step = prepare_step(arguments, vae, optimizer, pool)
+    begun = printed = time.monotonic()
     end = started + arguments.minutes * 60 - MEASURING_SECONDS
-    step = 0
-    while (progress := max((time.monotonic() - begun) / (end - begun), step / arguments.steps)) < 1.0:
-        optimizer.param_groups[0]["lr"] = learning_rate_at(progress, step, arguments.learning_rate)
-        # Cut into pieces of 9 + 8 frames as the class does by itself, or at first, in half the calls, not cut: only the
-        # statistics of the norms differ.
-        vae.num_sample_frames_batch_size, vae.num_latent_frames_batch_size = (
-            (8, 2) if progress >= WHOLE_FRAMES_FROM else (16, 4)
-        )
-        parts = backpropagate(vae, prepare_batch(next(batches), progress, device, rng))
-        norm = update(optimizer, parameters, ema, step)
-        step += 1
-        now = time.monotonic()
-        if now - printed > 5 or step <= 3:
-            row = {"step": step, "seconds": round(now - started, 1), "progress": round(progress, 3)}
-            row |= {"grad_norm": float(norm), **{name: float(part) for name, part in parts.items()}}
+    done, saved, printed_at = 0, 0, 0
+    while (progress := max((time.monotonic() - begun) / max(end - begun, 1.0), done / arguments.steps)) < 1.0:
+        rate.fill_(learning_rate_at(progress, done, arguments.learning_rate))
+        fill(step, pool, MAX_LATENT_NOISE if progress < QUIET_FROM else QUIET_NOISE)
+        step.run()
+        decay = EMA_DECAY if arguments.resume else min(EMA_DECAY, (1 + done) / (10 + done))
+        with torch.no_grad():
+            torch._foreach_lerp_(ema, masters, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+        done += 1
+        if time.monotonic() - printed > 5 or done <= 3:
+            row = {"step": done, "progress": round(progress, 3), "pool": pool.count}
+            row |= {name: float(value) for name, value in step.measured.items()}  # waits for the device
+            now = time.monotonic()
+            row |= {"seconds": round(now - started, 1), "step_ms": 1000 * (now - printed) / (done - printed_at)}
             log(arguments.out, row | {"psnr_with_noise": 10 * math.log10(4 / row["mse"])})
-            printed = now
-        if now - saved > 120:
-            save(arguments, vae, optimizer, ema)
-            saved = now
-    return save(arguments, vae, optimizer, ema), step
+            if not math.isfinite(row["loss"]):
+                raise FloatingPointError(f"the loss is {row['loss']} at step {done}: lower --learning-rate")
+            pool.refresh()
+            printed, printed_at = now, done
+        if progress * 3 > saved + 1:  # what was learned outlives a process that is ended early
+            save(arguments, vae, masters, ema)
+            saved += 1
+    return save(arguments, vae, masters, ema), done
 
 
 def log(folder: Path, row: dict[str, float]) -> None:
@@ -253,25 +254,16 @@ def log(folder: Path, row: dict[str, float]) -> None:
     print(" ".join(f"{name}={value:.4g}" for name, value in row.items()), flush=True)
 
 
-def restore_moments(optimizer: torch.optim.Optimizer, vae: AutoencoderKLCogVideoX, folder: Path) -> None:
-    """Puts the optimizer's moments of an earlier run back."""
-    first, second = (load_file(folder / f"moments_{number}.safetensors") for number in (1, 2))
-    for (name, _), master in zip(vae.named_parameters(), optimizer.param_groups[0]["params"], strict=True):
-        optimizer.state[master] = {
-            "step": torch.tensor(1000.0),  # the moments have settled: no bias is left to correct
-            "exp_avg": first[name].to(master.device),
-            "exp_avg_sq": second[name].to(master.device),
-        }
-
-
 def main() -> None:
     """Trains, saves and measures."""
     started = time.monotonic()
     arguments = parse_arguments()
     arguments.out.mkdir(parents=True, exist_ok=True)
     torch.backends.cudnn.benchmark = True
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vae, steps = train(arguments, started, device)
+    torch.backends.cudnn.benchmark_limit = 5  # kernels tried for each of 250 convolutions
+    with ClipPool(arguments.seed, arguments.pool, arguments.workers) as rendered:  # forks before CUDA starts
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        vae, steps = train(arguments, started, device, rendered)
     row = {"steps": steps, "clips": steps * arguments.batch_size, "seconds": round(time.monotonic() - started, 1)}
     row |= {"parameters": sum(parameter.numel() for parameter in vae.parameters()), **report(vae, arguments.unseen)}
     log(arguments.out, row | {"scaling_factor": vae.config["scaling_factor"]})

@@ -1,8 +1,9 @@
 """Clips for training the autoencoder: the world's own, and ones more varied than the world.
 
 An autoencoder that has only seen the world's six shapes draws nothing else, and a concept that an adapter teaches later
-must survive it. So half of its clips show up to three random polygons or blobs in any colours that drift, bend, swing,
-turn and change their size, on plain, shaded or striped backgrounds. The concept's own shape is never among them.
+must survive it. So many of its clips show random polygons or blobs that drift, bend, swing and change their size: some
+singly in the world's colours, others by up to three in any colours, turning, on plain, shaded or striped backgrounds.
+The concept's own shape is never among them.
 """
 
 import math
@@ -14,28 +15,21 @@ from cogtune.shapes.outlines import Array
 from cogtune.shapes.render import blend, coverage, render
 from cogtune.shapes.world import BACKGROUNDS, COLOURS, HEIGHT, NUM_FRAMES, SHAPES, WIDTH, sample_clip
 
-_WORLD_SHARE = 0.5
-
-
-class Imagery:
-    """The clips of one seed as a map-style data set, rendered when asked for."""
-
-    def __init__(self, seed: int, count: int) -> None:
-        self.seed = seed
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> NDArray[np.uint8]:
-        return sample_imagery(self.seed, index)
+_WORLD_SHARE = 0.6
+_SINGLE_SHARE = 0.2  # one other outline in the world's colours, upright on a plain background
 
 
 def sample_imagery(seed: int, index: int) -> NDArray[np.uint8]:
     """Clip number `index` under a seed, uint8 [F, H, W, 3]; the same on every machine."""
     rng = np.random.Generator(np.random.PCG64([seed, index]))
-    if rng.random() < _WORLD_SHARE:
+    kind = rng.random()
+    if kind < _WORLD_SHARE:
         return render(sample_clip("base", seed, index))
+    if kind < _WORLD_SHARE + _SINGLE_SHARE:
+        background, colour = (_pick(rng, named) for named in (BACKGROUNDS, COLOURS))
+        centres, radii, _ = _motion(rng)
+        frames = blend(background, coverage(_outline(rng), centres, radii), colour)
+        return (np.clip(frames, 0, 255) + 0.5).astype(np.uint8)
     frames = _background(rng)
     for _ in range(1 + int(rng.random() * 3)):
         centres, radii, angles = _motion(rng)
@@ -43,10 +37,14 @@ def sample_imagery(seed: int, index: int) -> NDArray[np.uint8]:
     return (np.clip(frames, 0, 255) + 0.5).astype(np.uint8)
 
 
+def _pick(rng: np.random.Generator, named: dict[str, tuple[int, int, int]]) -> Array:
+    return np.asarray(list(named.values())[int(rng.random() * len(named))], dtype=np.float32)
+
+
 def _colour(rng: np.random.Generator, named: dict[str, tuple[int, int, int]]) -> Array:
     """One of the world's colours or, as often, any colour."""
     if rng.random() < 0.5:
-        return np.asarray(list(named.values())[int(rng.random() * len(named))], dtype=np.float32)
+        return _pick(rng, named)
     return (rng.random(3) * 255).astype(np.float32)
 
 
@@ -77,7 +75,7 @@ def _outline(rng: np.random.Generator) -> str | Array:
     if kind < 0.75:
         corners = 3 + int(rng.random() * 6)
         angles = (np.arange(corners) + 0.7 * rng.random(corners)) * 2 * math.pi / corners
-        lengths = 0.45 + 1.05 * rng.random(corners)
+        lengths = 0.25 + 1.25 * rng.random(corners)
     else:
         angles = np.arange(16) * 2 * math.pi / 16
         lengths = np.ones(16)

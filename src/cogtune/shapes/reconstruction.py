@@ -9,7 +9,7 @@ from diffusers.models.autoencoders.autoencoder_kl_cogvideox import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor
 
-_MSE_WEIGHT = 4.0  # L1 alone leaves the edges soft; they make nearly all of the squared error
+_MSE_WEIGHT = 10.0  # L1 alone leaves the edges soft; they make nearly all of the squared error
 _GRADIENT_WEIGHT = 0.5
 _KL_WEIGHT = 1e-6
 _MOMENT_WEIGHT = 1e-2
