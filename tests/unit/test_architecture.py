@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SRC = ROOT / "src"
 MODULES = sorted((SRC / "cogtune").rglob("*.py"))
 COMMANDS = sorted(path for folder in ("train", "data", "scripts") for path in (ROOT / folder).rglob("*.py"))
-MAX_LINES, MAX_COMMAND_LINES, MAX_RECIPE_LINES = 400, 70, 300
+MAX_LINES, MAX_COMMAND_LINES, MAX_RECIPE_LINES = 400, 80, 300
 
 # Floors of docs/design: a module may import its own floor and those below. What isn't listed is a part.
 GROUND = {
