@@ -50,13 +50,13 @@ class LoraLinear(PeftLinear):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`x` [..., in] to [..., out]; PEFT's own path where a case is not the plain one."""
-        name = self.active_adapters[0] if len(self.active_adapters) == 1 else None
+        name = self.active_adapters[0] if len(self.active_adapters) == 1 else ""
         plain = name in self.lora_A and name not in self.lora_variant and not self.merged and not self.disable_adapters
         if not plain or args or kwargs:
             return super().forward(x, *args, **kwargs)
-        assert name is not None
-        down = self.lora_A[name].weight.to(x.dtype)
-        up = (self.lora_B[name].weight * self.scaling[name]).to(x.dtype)
+        first, second = self.lora_A[name].weight, self.lora_B[name].weight
+        assert isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)
+        down, up = first.to(x.dtype), (second * self.scaling[name]).to(x.dtype)
         return self.base_layer(x) + F.linear(F.linear(self.lora_dropout[name](x), down), up)
 
 
@@ -153,8 +153,9 @@ def save_adapter(transformer: CogVideoXTransformer3DModel, folder: Path, *, trai
         raise RuntimeError("every B matrix of the adapter is zero after training; no gradient reached it")
     config = transformer.peft_config[ADAPTER_NAME].to_dict()
     metadata = {key: sorted(v) if isinstance(v := config[key], set) else v for key in _METADATA_KEYS}
+    layers: dict[str, torch.nn.Module | torch.Tensor] = dict(state)
     CogVideoXPipeline.save_lora_weights(
-        folder, transformer_lora_layers=state, transformer_lora_adapter_metadata=metadata
+        folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata
     )
 
 
@@ -231,6 +232,7 @@ def check_adapter_fits(state: dict[str, torch.Tensor], transformer: torch.nn.Mod
         if layer is None:
             raise UserError(f"--lora {path}: {match[1]} does not exist in this model; the adapter is another model's")
         weight = layer.get_base_layer().weight if isinstance(layer, BaseTunerLayer) else layer.weight
+        assert isinstance(weight, torch.Tensor)
         size = weight.shape[1] if match[2] == "A" else weight.shape[0]
         seen = tensor.shape[1] if match[2] == "A" else tensor.shape[0]
         if size != seen:

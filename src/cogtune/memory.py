@@ -15,6 +15,7 @@ from cogtune.models import ModelFacts
 
 GIB = 1 << 30
 MARGIN = 0.95  # of the free memory: the allocator's fragments and the libraries' workspaces need the rest
+SMALL_BYTES = 2 * GIB
 
 WORKSPACE_UNITS = 24.0
 """Largest set of one block's tensors alive at once, forward and backward, in activation tensors."""
@@ -86,8 +87,8 @@ def choose_activations(
     """
     if mode != "auto":
         return next(plan for plan in plans if plan.activations == mode)
-    if free_bytes is None:
-        return plans[-1]
+    if free_bytes is None:  # a CPU: keep what is small beside any computer's memory, and refuse nothing
+        return next((plan for plan in plans if plan.total <= SMALL_BYTES), plans[-1])
     for plan in plans:
         if plan.total <= free_bytes * MARGIN:
             return plan

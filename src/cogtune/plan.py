@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -68,7 +69,7 @@ class TrainingPlan(DataPlan):
         config, form, facts = self.config, self.clip_format, self.facts
         samples = config.train.max_steps * self.global_batch
         epoch = sum(clip.weight for clip in self.train_clips)
-        free = "unknown (CPU)" if self.free_bytes is None else f"{self.free_bytes / GIB:.1f} GiB"
+        free = "unknown" if self.free_bytes is None else f"{self.free_bytes / GIB:.1f} GiB"
         rows = {
             "model": f"{facts.variant} at {facts.folder}",
             "precision": f"{str(self.dtype)[6:]} base on {self.device.type}, float32 trained weights",
@@ -89,13 +90,13 @@ class TrainingPlan(DataPlan):
 
 def make_data_plan(config: RunConfig) -> DataPlan:
     """Reads the model's configs and the manifests; raises `UserError` for anything wrong in them."""
-    if config.data.manifest is None:
+    data = config.data
+    if data.manifest is None:
         raise UserError("data.manifest is not set; give a folder of clips with captions, a .jsonl or a .csv file")
     device = models.choose_device(config.model.device)
     facts = models.read_facts(models.find_folder(config.model.path))
     if facts.patch_size_t is not None or facts.in_channels != facts.latent_channels:
         raise UserError(f"model.path={config.model.path}: only text-to-video models of version 1.0 are supported")
-    data = config.data
     form = ClipFormat(
         data.num_frames or facts.num_frames,
         data.height or facts.height,
@@ -103,10 +104,13 @@ def make_data_plan(config: RunConfig) -> DataPlan:
         data.fps or facts.fps,
     )
     check_size(facts, form.num_frames, form.height, form.width, allow_unsupported_size=data.allow_unsupported_size)
-    options = {"id_token": data.id_token, "allow_outside_root": data.allow_outside_root}
-    clips = read_manifest(data.manifest, **options)
+
+    def read(manifest: Path) -> list[Clip]:
+        return read_manifest(manifest, id_token=data.id_token, allow_outside_root=data.allow_outside_root)
+
+    clips = read(data.manifest)
     if data.validation_manifest is not None:
-        train, validation = clips, read_manifest(data.validation_manifest, **options)
+        train, validation = clips, read(data.validation_manifest)
     else:
         train, validation = split_validation(clips, data.validation_clips, config.train.seed)
     if not any(clip.weight for clip in train):

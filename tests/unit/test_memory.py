@@ -91,9 +91,11 @@ def test_a_given_mode_is_taken_whatever_is_free() -> None:
         assert choose_activations(make_plans(40, 20, 10), mode, GIB).activations == mode
 
 
-def test_without_a_gpu_the_smallest_plan_is_taken() -> None:
+def test_a_cpu_keeps_what_is_small_and_refuses_nothing() -> None:
     assert free_device_bytes(torch.device("cpu")) is None
     assert choose_activations(make_plans(40, 20, 10), "auto", None).activations == "recompute"
+    assert choose_activations(make_plans(40, 1.5, 1), "auto", None).activations == "keep_attention"
+    assert choose_activations(make_plans(1.5, 1, 0.5), "auto", None).activations == "keep_all"
 
 
 def test_what_does_not_fit_is_refused_with_the_settings_to_turn() -> None:
