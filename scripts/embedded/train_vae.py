@@ -99,7 +99,7 @@ def update(
     norm = torch.nn.utils.clip_grad_norm_(masters, 1.0)
     optimizer.step()
     with torch.no_grad():  # one call for all tensors: hundreds of small ones would take as long as the pass
-        torch._foreach_copy_(parameters, masters)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_copy_(parameters, masters)  # pyright: ignore[reportArgumentType]
     return {"loss": loss.detach(), "grad_norm": norm, **parts}
 
 
