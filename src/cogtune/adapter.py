@@ -19,9 +19,8 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 
-from cogtune.cli import nearest
 from cogtune.config import AdapterSettings
-from cogtune.errors import UserError
+from cogtune.errors import UserError, nearest
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 ADAPTER_NAME = "default"

@@ -4,7 +4,6 @@ accelerate launch train/lora.py --config configs/lora/cogvideox-5b.yaml --train.
 """
 
 import argparse
-import difflib
 import json
 import sys
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_settings import CliSettingsSource
 
 from cogtune.config import RunConfig
-from cogtune.errors import UserError
+from cogtune.errors import UserError, nearest
 
 _TEXT_LISTS = (("validation", "prompts"), ("adapter", "target_modules"))
 
@@ -41,12 +40,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """`; did you mean X?` for the closest known name, or nothing where none is close."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def parse_run(description: str, argv: list[str] | None = None) -> Invocation:

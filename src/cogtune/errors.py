@@ -5,12 +5,19 @@ into `error: ...` on standard error and exit code 2. Any other exception is a de
 the exit code is 1.
 """
 
+import difflib
 import sys
 from collections.abc import Callable
 
 
 class UserError(ValueError):
     """Something the user gave is wrong; the message says what, why and how to mend it."""
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """`; did you mean X?` for the closest known name, or nothing where none is close."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -7,7 +7,7 @@ from accelerate.utils import gather_object
 
 from cogtune.cache import Cache, make_key
 from cogtune.dataset import Entry
-from cogtune.encoding import CacheKeys, Share, encode_captions, encode_clips
+from cogtune.encoding import CacheKeys, Share, encode_captions, encode_clips, find_cut_captions
 from cogtune.errors import UserError
 from cogtune.manifest import Clip
 from cogtune.memory import GIB
@@ -73,6 +73,10 @@ def encode_data(plan: DataPlan, accelerator: Accelerator) -> EncodedData:
         captions, keys, cache, plan.facts, device=accelerator.device, dtype=plan.dtype, share=share, quiet=quiet
     )
     accelerator.wait_for_everyone()
+    cut = find_cut_captions(captions, plan.facts) if accelerator.is_main_process else []
+    if cut:
+        length = plan.facts.max_text_length
+        accelerator.print(f"{len(cut)} text(s) are longer than {length} tokens and lose their end (see data/check.py)")
     train = [entries[clip] for clip in plan.train_clips if clip in usable]
     if not train:
         raise UserError(f"data.manifest={data.manifest}: no usable clip; run data/check.py on it")
