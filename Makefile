@@ -12,7 +12,7 @@ PYTEST_ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/.stamp
-PIP := $(BIN)/python -m pip --disable-pip-version-check -qq --log .venv/pip.log install $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+PIP := $(BIN)/python -m pip --disable-pip-version-check install $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 # Each worker holds PyTorch and models of its own, about 1 GB: one per core, at most four.
 XDIST := -n logical --maxprocesses 4
 WANTED := $(TORCH) $(CONSTRAINTS)
@@ -44,6 +44,5 @@ endif
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@echo "installing into .venv (the first time takes a few minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@rm -f .venv/pip.log
-	@$(PIP) "$(TORCH)" && $(PIP) --editable ".[dev]" || { echo "failed; .venv/pip.log says why"; exit 1; }
+	@{ $(PIP) "$(TORCH)" && $(PIP) --editable ".[dev]"; } > .venv/install.log 2>&1 || { tail -n 25 .venv/install.log; exit 1; }
 	@echo "$(strip $(WANTED))" > $@
