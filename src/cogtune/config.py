@@ -112,7 +112,10 @@ class TrainSettings(Section):
     seed: int = 42
     """Everything random in the run follows from it."""
     caption_dropout: Fraction = 0.1
-    """Part of the samples that train without caption: zero text embeddings, as the base model was trained."""
+    """Part of the samples that train without caption, as the base models did."""
+    dropped_caption: Literal["zeros", "empty"] = "zeros"
+    """What stands for a dropped caption: zero embeddings, as the released models saw, or those of the empty caption,
+    which is what guidance samples against."""
     timestep_strata: Positive = 16
     """This many consecutive samples cover the timesteps evenly, one in each part; 1: independent draws."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None

@@ -15,6 +15,8 @@ from cogtune.draws import ClipOrder, draw_caption_dropped, draw_noise, draw_time
 from cogtune.errors import UserError
 from cogtune.manifest import Clip
 
+KEPT_BYTES = 256 << 20  # of read entries, in each worker
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -31,7 +33,7 @@ class Batch:
 
     latents: torch.Tensor  # [B, F, C, H, W], scaled, sampled from the VAE's posterior
     noise: torch.Tensor  # [B, F, C, H, W]
-    embeddings: torch.Tensor  # [B, L, D], zeros where the caption is dropped
+    embeddings: torch.Tensor  # [B, L, D], the null condition where the caption is dropped
     timesteps: torch.Tensor  # int64 [B]
     positions: list[int]
     clips: list[Clip]
@@ -85,15 +87,20 @@ class TrainingSet(Dataset[Batch]):
         scaling_factor: float,
         caption_dropout: float,
         timestep_strata: int,
+        dropped_caption_key: str | None = None,
     ) -> None:
         self._entries, self._cache, self._seed = list(entries), cache, seed
         self._scaling_factor = scaling_factor
         self._caption_dropout, self._strata = caption_dropout, timestep_strata
+        self._dropped_caption_key = dropped_caption_key
+        self._kept: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self._kept_bytes = 0
         self.order = ClipOrder([entry.clip.weight for entry in entries], seed)
 
     def __getitem__(self, position: int) -> Batch:
-        entry = self._entries[self.order.clip_at(position)]
-        mean, std, embeddings = read_sample(self._cache, entry)
+        index = self.order.clip_at(position)
+        entry = self._entries[index]
+        mean, std, embeddings = self._read(index)
         posterior_noise, noise = draw_noise(self._seed, position, tuple(mean.shape))
         latents = (mean + std * posterior_noise) * self._scaling_factor
         dropped = draw_caption_dropped(self._seed, position, self._caption_dropout)
@@ -101,12 +108,30 @@ class TrainingSet(Dataset[Batch]):
         return Batch(
             latents=latents.transpose(0, 1)[None],
             noise=noise.transpose(0, 1)[None],
-            embeddings=(torch.zeros_like(embeddings) if dropped else embeddings)[None],
+            embeddings=(self._null_embeddings(embeddings) if dropped else embeddings)[None],
             timesteps=torch.tensor([timestep]),
             positions=[position],
             clips=[entry.clip],
             dropped=[dropped],
         )
+
+    def _read(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A clip's tensors; small data sets stay in this worker's memory after the first time."""
+        if index in self._kept:
+            return self._kept[index]
+        tensors = read_sample(self._cache, self._entries[index])
+        size = sum(tensor.nbytes for tensor in tensors)
+        if self._kept_bytes + size <= KEPT_BYTES:
+            self._kept[index], self._kept_bytes = tensors, self._kept_bytes + size
+        return tensors
+
+    def _null_embeddings(self, like: torch.Tensor) -> torch.Tensor:
+        if self._dropped_caption_key is None:
+            return torch.zeros_like(like)
+        empty = self._cache.read("text", self._dropped_caption_key)
+        if empty is None:
+            raise UserError("cache entry of the empty caption is missing; start the run again, it is made again")
+        return empty["embeddings"]
 
 
 def join_samples(samples: list[Batch]) -> Batch:

@@ -140,15 +140,19 @@ def encode_clips(
         vae = models.load_vae(facts, dtype).to(device)  # pyright: ignore[reportArgumentType]
         with ClipDecoder(clip_format, num_workers=num_workers, timeout_seconds=timeout_seconds) as decoder:
             outcomes = decoder.decode([by_key[key] for key in mine])
-            for outcome in tqdm(outcomes, "clips", total=len(mine), unit="clip", disable=quiet):
+            shown = tqdm(outcomes, "clips", total=len(mine), unit="clip", disable=quiet)
+            waiting: list[tuple[str, torch.Tensor]] = []
+            for outcome in shown:
                 key = mine[outcome.index]
                 if outcome.problem is not None:
                     _mark_failed(cache, key, str(outcome.problem))
                     on_problem(by_key[key], outcome.problem)
-                    continue
-                assert outcome.frames is not None
-                mean, logvar = encode_frames(vae, torch.from_numpy(outcome.frames))
-                cache.write("latents", key, {"mean": mean, "logvar": logvar})
+                else:
+                    assert outcome.frames is not None
+                    waiting.append((key, torch.from_numpy(outcome.frames)))
+                if waiting and (len(waiting) >= _clips_at_once(clip_format) or outcome.index == len(mine) - 1):
+                    _encode_batch(vae, waiting, cache)
+                    waiting = []
         del vae
         release_memory(device)
     _wait_for(by_key, lambda key: cache.has("latents", key) or _failed_path(cache, key).exists())
@@ -185,13 +189,24 @@ def _mark_failed(cache: Cache, key: str, reason: str) -> None:
     path.write_text(reason)
 
 
+def _clips_at_once(form: ClipFormat) -> int:
+    """How many clips fill the memory that one released clip takes (49 x 480 x 720): one of those, or many small."""
+    return max(1, min(32, 49 * 480 * 720 // (form.num_frames * form.height * form.width)))
+
+
+def _encode_batch(vae: AutoencoderKLCogVideoX, clips: list[tuple[str, torch.Tensor]], cache: Cache) -> None:
+    means, logvars = encode_frames(vae, torch.stack([frames for _, frames in clips]))
+    for (key, _), mean, logvar in zip(clips, means, logvars, strict=True):
+        cache.write("latents", key, {"mean": mean, "logvar": logvar})
+
+
 @torch.inference_mode()
 def encode_frames(vae: AutoencoderKLCogVideoX, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 [F, H, W, 3] to the posterior's mean and log-variance, each [C, F', H', W'], unscaled."""
-    pixels = frames.to(vae.device).permute(3, 0, 1, 2)[None]
+    """uint8 [B, F, H, W, 3] to the posterior's mean and log-variance, each [B, C, F', H', W'], unscaled."""
+    pixels = frames.to(vae.device).permute(0, 4, 1, 2, 3)
     pixels = (pixels.float() / 127.5 - 1.0).to(vae.dtype)
     distribution = vae.encode(pixels).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
-    return distribution.mean[0], distribution.logvar[0]
+    return distribution.mean, distribution.logvar
 
 
 def _wait_for(keys: Iterable[str], there: Callable[[str], bool]) -> None:

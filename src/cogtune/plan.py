@@ -37,11 +37,12 @@ class DataPlan:
         cache.check_writable()
         return cache
 
-    def prompts(self) -> list[str]:
-        """Every text that validation generates from."""
-        validation = self.config.validation
+    def extra_texts(self) -> list[str]:
+        """Every text beside the captions that a run needs: validation's prompts and the empty caption, as set."""
+        validation, train = self.config.validation, self.config.train
         wanted = validation.enabled and bool(validation.prompts)
-        return [*validation.prompts, validation.negative_prompt] if wanted else []
+        prompts = [*validation.prompts, validation.negative_prompt] if wanted else []
+        return prompts + ([""] if train.dropped_caption == "empty" and train.caption_dropout else [])
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def encode_data(plan: DataPlan, accelerator: Accelerator) -> EncodedData:
     _judge_problems(gather_object(problems), plan, accelerator)
     entries = {clip: Entry(clip, keys.latents(clip), keys.text(clip.caption)) for clip in clips}
     usable = {clip for clip in clips if cache.has("latents", entries[clip].latents_key)}
-    captions = [clip.caption for clip in clips if clip in usable] + plan.prompts()
+    captions = [clip.caption for clip in clips if clip in usable] + plan.extra_texts()
     encode_captions(
         captions, keys, cache, plan.facts, device=accelerator.device, dtype=plan.dtype, share=share, quiet=quiet
     )

@@ -245,6 +245,7 @@ class Run:
             scaling_factor=self.plan.facts.scaling_factor,
             caption_dropout=train.caption_dropout,
             timestep_strata=train.timestep_strata,
+            dropped_caption_key=self.data.keys.text("") if train.dropped_caption == "empty" else None,
         )
         sampler = PositionSampler(
             first_step=first_step,

@@ -196,3 +196,37 @@ def test_error_lines_name_clip_timestep_and_caption(cache: Cache) -> None:
     for line, clip, timestep, dropped in zip(lines, batch.clips, batch.timesteps.tolist(), batch.dropped, strict=True):
         assert clip.id in line and f"timestep {timestep}" in line
         assert ("(dropped)" in line) == dropped and (clip.caption in line) != dropped
+
+
+def test_dropped_captions_may_be_the_empty_captions_embeddings(cache: Cache) -> None:
+    empty = torch.full_like(make_embeddings(0), 7.0)
+    cache.write("text", "empty", {"embeddings": empty})
+    entry = Entry(Clip("clip 0", Path("0.mp4"), "caption 0"), "l0", "t0")
+    samples = TrainingSet(
+        [entry],
+        cache,
+        seed=1,
+        scaling_factor=SCALING,
+        caption_dropout=0.5,
+        timestep_strata=4,
+        dropped_caption_key="empty",
+    )
+    seen = [samples[position] for position in range(20)]
+    assert {sample.dropped[0] for sample in seen} == {True, False}
+    for sample in seen:
+        assert torch.equal(sample.embeddings[0], empty if sample.dropped[0] else make_embeddings(0))
+
+
+def test_entries_kept_in_memory_give_the_same_samples(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cogtune import dataset
+
+    reads = []
+    monkeypatch.setattr(dataset, "read_sample", lambda *given: reads.append(given) or read_sample(*given))
+    keeping = make_set(cache)
+    kept = [keeping[position] for position in range(15)]
+    assert len(reads) == 5
+    monkeypatch.setattr(dataset, "KEPT_BYTES", 0)
+    reading = make_set(cache)
+    for position, sample in enumerate(kept):
+        assert_equal(sample, reading[position])
+    assert len(reads) == 20

@@ -162,7 +162,7 @@ def test_cut_captions_are_counted_in_tokens(facts: ModelFacts) -> None:
 def test_frames_are_encoded_as_the_vae_does(facts: ModelFacts) -> None:
     vae = AutoencoderKLCogVideoX.from_pretrained(facts.folder / "vae").eval()
     frames = np.random.default_rng(0).integers(0, 256, (9, 32, 48, 3), dtype=np.uint8)
-    mean, logvar = encode_frames(vae, torch.from_numpy(frames))
+    mean, logvar = (moments[0] for moments in encode_frames(vae, torch.from_numpy(frames)[None]))
     pixels = torch.from_numpy(frames.astype(np.float64) * 2 / 255 - 1).float().permute(3, 0, 1, 2)
     with torch.inference_mode():
         moments = vae.encode(pixels[None], return_dict=False)[0].parameters[0]
