@@ -5,16 +5,19 @@
 Several prompts, seeds or both give several files: out-00-1.mp4, out-00-2.mp4, ...
 """
 
-from cogtune.errors import run_command
+import torch
+
+from cogtune.errors import UserError, run_command
 from cogtune.generation import (
     check_request,
+    explain_out_of_memory,
     generate,
     load_adapters,
     load_pipeline,
     place_pipeline,
     quantize_transformer,
 )
-from cogtune.generation_options import make_requests, output_path, parse_generation
+from cogtune.generation_options import check_files, make_requests, output_path, parse_generation
 from cogtune.models import choose_device, choose_dtype, find_folder, read_facts
 from cogtune.video import write_video
 
@@ -22,6 +25,7 @@ from cogtune.video import write_video
 def main() -> None:
     """Check, load, generate, write."""
     options = parse_generation(__doc__ or "")
+    check_files(options)
     device = choose_device(options.device)
     facts = read_facts(find_folder(options.model))
     requests = make_requests(options, facts)
@@ -37,7 +41,10 @@ def main() -> None:
         for block in pipeline.transformer.transformer_blocks:
             block.compile(dynamic=False)
     for number, request in enumerate(requests):
-        frames = generate(pipeline, request, max_text_length=facts.max_text_length)
+        try:
+            frames = generate(pipeline, request, max_text_length=facts.max_text_length)
+        except torch.OutOfMemoryError as error:
+            raise UserError(explain_out_of_memory(error)) from error
         path = output_path(options, number, request.seed)
         write_video(path, frames, options.fps or facts.fps)
         print(path)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
 torch.set_num_threads(1)
 
@@ -92,7 +93,7 @@ def skeleton_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(json.dumps(config))
         for name in ("transformer", "vae", "text_encoder"):
-            (folder / name / "weights.safetensors").write_bytes(b"")
+            (folder / name / "weights.safetensors").write_bytes(save({"nothing": torch.zeros(1)}))
         return folder
 
     def get(model: str) -> Path:

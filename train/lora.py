@@ -38,7 +38,7 @@ def main() -> None:
     )
     adapter = TrainedAdapter(transformer, card)
     if not run.train(adapter):
-        exit_after_signal(accelerator, run.folder)
+        exit_after_signal(run)
     run.finish(adapter)
     accelerator.end_training()
 

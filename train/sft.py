@@ -30,7 +30,7 @@ def main() -> None:
     card = make_model_card(config, plan.facts, num_clips=len(run.data.train), global_batch=plan.global_batch)
     model = TrainedModel(load_transformer(plan.facts, plan.dtype), plan.facts, card, export_dtype=plan.dtype)
     if not run.train(model):
-        exit_after_signal(accelerator, run.folder)
+        exit_after_signal(run)
     run.finish(model)
     accelerator.end_training()
 

@@ -63,7 +63,11 @@ def match_targets(module_names: list[str], patterns: list[str]) -> list[str]:
     """The names among `module_names` that the patterns take; raises `UserError` for one that takes none."""
     matched: set[str] = set()
     for pattern in patterns:
-        hits = [name for name in module_names if re.fullmatch(_as_regex(pattern), name)]
+        try:
+            expression = re.compile(_as_regex(pattern))
+        except re.error as error:
+            raise UserError(f"adapter.target_modules: {pattern!r} is no regular expression ({error})") from None
+        hits = [name for name in module_names if expression.fullmatch(name)]
         if not hits:
             known = sorted({name.split(".", 2)[-1] for name in module_names})
             short = sorted({name.split("attn1.")[-1] for name in known})

@@ -70,7 +70,8 @@ class CheckpointFolder:
                 f"and start again, the run resumes (complete checkpoints: {kept})"
             ) from None
         for old in self._folders()[: -self._keep_last]:
-            shutil.rmtree(old, ignore_errors=True)
+            if old != final:
+                shutil.rmtree(old, ignore_errors=True)
         return final
 
     def _folders(self) -> list[Path]:

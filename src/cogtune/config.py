@@ -161,7 +161,8 @@ class CheckpointSettings(Section):
     keep_last: Positive = 3
     """Complete checkpoints kept; older ones are deleted after a new one is complete."""
     resume: str = "auto"
-    """auto: continue from the newest complete checkpoint, if any; never: refuse a used output folder; or a path."""
+    """auto: continue from the newest complete checkpoint, if any; never: refuse a used output folder; or the path of
+    another run's checkpoint, from which a new output folder starts."""
 
 
 class TrackingSettings(Section):

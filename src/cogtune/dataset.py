@@ -4,6 +4,7 @@ Workers read, check and draw; the device only computes. Ranks and micro-batches 
 so 2 processes x batch 1, 1 x batch 2 and 1 x 2 accumulation steps see the same samples with the same noise.
 """
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -172,6 +173,15 @@ class PositionSampler(Sampler[list[int]]):
                 yield mine[first : first + self._batch_size]
 
 
+def _leave_signals_to_the_parent(_worker: int) -> None:
+    """Schedulers and terminals signal the whole process group: the parent still needs its workers to save and end.
+
+    Workers end with the parent in any case: torch watches it.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def make_loader(
     dataset: TrainingSet, sampler: PositionSampler, *, num_workers: int, pin_memory: bool
 ) -> DataLoader[Batch]:
@@ -182,6 +192,7 @@ def make_loader(
         collate_fn=join_samples,
         num_workers=num_workers,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_parent if num_workers else None,
         prefetch_factor=4 if num_workers else None,
         persistent_workers=False,
     )

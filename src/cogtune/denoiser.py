@@ -73,12 +73,12 @@ class Denoiser:
                 return_dict=False,
             )[0]
 
-    def losses(self, transformer: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """The v loss of each sample, float32 [B], weighted where min-SNR is on."""
+    def losses(self, transformer: torch.nn.Module, batch: Batch, *, weighted: bool = True) -> torch.Tensor:
+        """The v loss of each sample, float32 [B]; weighted where min-SNR is on, unless told otherwise."""
         abar = self.alphas_cumprod
         noisy = diffusion.add_noise(batch.latents, batch.noise, batch.timesteps, abar)
         target = diffusion.velocity(batch.latents, batch.noise, batch.timesteps, abar)
         losses = diffusion.sample_losses(self.predict(transformer, noisy, batch.embeddings, batch.timesteps), target)
-        if self._gamma is not None:
+        if weighted and self._gamma is not None:
             losses = losses * diffusion.min_snr_weights(batch.timesteps, abar, self._gamma)
         return losses

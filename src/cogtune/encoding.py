@@ -150,7 +150,7 @@ def encode_clips(
                 else:
                     assert outcome.frames is not None
                     waiting.append((key, torch.from_numpy(outcome.frames)))
-                if waiting and (len(waiting) >= _clips_at_once(clip_format) or outcome.index == len(mine) - 1):
+                if waiting and (len(waiting) >= _clips_at_once(clip_format, device) or outcome.index == len(mine) - 1):
                     _encode_batch(vae, waiting, cache)
                     waiting = []
         del vae
@@ -189,8 +189,13 @@ def _mark_failed(cache: Cache, key: str, reason: str) -> None:
     path.write_text(reason)
 
 
-def _clips_at_once(form: ClipFormat) -> int:
-    """How many clips fill the memory that one released clip takes (49 x 480 x 720): one of those, or many small."""
+def _clips_at_once(form: ClipFormat, device: torch.device) -> int:
+    """How many clips fill the memory that one released clip takes (49 x 480 x 720): one of those, or many small.
+
+    On a CPU always one: batching gains nothing there, and an entry's last bits don't depend on its neighbours.
+    """
+    if device.type == "cpu":
+        return 1
     return max(1, min(32, 49 * 480 * 720 // (form.num_frames * form.height * form.width)))
 
 

@@ -27,3 +27,6 @@ def run_command(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-written is left, start the same command again to go on", file=sys.stderr)
+        sys.exit(130)

@@ -52,6 +52,9 @@ def check_size(
     facts: ModelFacts, num_frames: int, height: int, width: int, *, allow_unsupported_size: bool = False
 ) -> None:
     """Raises `UserError` unless the frames are 4k + 1, the size divides into patches and the model supports both."""
+    for name, value in (("num_frames", num_frames), ("height", height), ("width", width)):
+        if value < 1:
+            raise UserError(f"{name}={value}: must be at least 1")
     if (num_frames - 1) % facts.temporal_factor:
         below = (num_frames - 1) // facts.temporal_factor * facts.temporal_factor + 1
         raise UserError(
@@ -174,6 +177,14 @@ def quantize_transformer(pipeline: CogVideoXPipeline, kind: Quantization, device
         pipeline.transformer.transformer_blocks,
         configs[kind],
         filter_fn=lambda module, name: isinstance(module, torch.nn.Linear) and "norm" not in name,
+    )
+
+
+def explain_out_of_memory(error: BaseException) -> str:
+    """What to turn after the device ran out of memory."""
+    return (
+        f"out of memory on the device: {str(error).splitlines()[0][:300]}\n       try: --offload model, then "
+        "--offload sequential; --quantize int8; leave VAE tiling on"
     )
 
 

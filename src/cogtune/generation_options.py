@@ -1,10 +1,12 @@
 """The command line of `scripts/generate.py`."""
 
 import argparse
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from cogtune.adapter import find_adapter_file
 from cogtune.errors import UserError
 from cogtune.generation import Offload, Quantization, Request
 from cogtune.models import ModelFacts
@@ -111,6 +113,19 @@ def parse_generation(description: str, argv: list[str] | None = None) -> Generat
     )
 
 
+def check_files(options: GenerationOptions) -> None:
+    """Raises `UserError` for a missing adapter or an unwritable output folder, before weights load and sampling."""
+    for path, _ in options.lora:
+        find_adapter_file(path)
+    folder = options.output.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {options.output}: its folder can't be made ({error.strerror})") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--output {options.output}: its folder can't be written; choose another")
+
+
 def _read_prompts(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -126,9 +141,9 @@ def make_requests(options: GenerationOptions, facts: ModelFacts) -> list[Request
     return [
         Request(
             prompt,
-            options.frames or facts.num_frames,
-            options.height or facts.height,
-            options.width or facts.width,
+            facts.num_frames if options.frames is None else options.frames,
+            facts.height if options.height is None else options.height,
+            facts.width if options.width is None else options.width,
             seed,
             options.negative_prompt,
             options.steps,

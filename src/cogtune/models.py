@@ -124,7 +124,11 @@ def find_folder(name_or_path: str) -> Path:
     if row is not None and row.hub_name is None:
         embedded = EMBEDDED / name_or_path
         if not embedded.is_dir():
-            raise UserError(f"model.path={name_or_path}: {embedded} is missing; reinstall the package")
+            raise UserError(
+                f"model.path={name_or_path}: this release ships no trained tiny model yet; make a random one with "
+                "`python scripts/random_pipeline.py --model tiny FOLDER` and give its folder, or give "
+                "cogvideox-2b or cogvideox-5b"
+            )
         return embedded
     hub_name = row.hub_name if row is not None else name_or_path
     if hub_name is None or hub_name.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
@@ -141,8 +145,10 @@ def _download(hub_name: str) -> Path:
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
     try:
-        return Path(snapshot_download(hub_name, allow_patterns=patterns, local_files_only=True))
-    except LocalEntryNotFoundError:
+        local = Path(snapshot_download(hub_name, allow_patterns=patterns, local_files_only=True))
+        _check_components(local)  # an interrupted download leaves a part, which counts as found
+        return local
+    except (LocalEntryNotFoundError, UserError):
         pass
     try:
         return Path(snapshot_download(hub_name, allow_patterns=patterns))
@@ -222,6 +228,7 @@ def _check_components(folder: Path) -> None:
         )
     for name in ("text_encoder", "vae", "transformer"):
         if any((folder / name).glob("*.safetensors")):
+            _check_weights(folder / name)
             continue
         pickled = sorted(path.name for path in (folder / name).glob("*.bin"))
         if pickled:
@@ -230,6 +237,24 @@ def _check_components(folder: Path) -> None:
                 "convert them to safetensors"
             )
         raise UserError(f"{folder}/{name}: no weights (*.safetensors); the download or copy is incomplete")
+
+
+def _check_weights(folder: Path) -> None:
+    """Every shard that the index names is there, and every file is as long as its header says."""
+    for index in folder.glob("*.safetensors.index.json"):
+        for shard in sorted(set(_read_json(index)["weight_map"].values())):
+            if not (folder / shard).is_file():
+                raise UserError(f"{folder}: {shard} is missing; the download or copy of the model is incomplete")
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            try:
+                header: dict[str, Any] = json.loads(file.read(length)) if length < 1 << 28 else {}
+                end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+            except (ValueError, TypeError, KeyError, AttributeError):
+                end = None
+        if end is None or 8 + length + end != path.stat().st_size:
+            raise UserError(f"{path}: truncated or damaged; download or copy it again")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

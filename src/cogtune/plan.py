@@ -128,6 +128,18 @@ def make_data_plan(config: RunConfig) -> DataPlan:
     )
 
 
+def _refuse_missing_files(clips: list[Clip], config: RunConfig) -> None:
+    """With `data.bad_clips=skip` they are left out later, like clips that don't decode."""
+    missing = [clip for clip in clips if not clip.video.is_file()]
+    if missing and config.data.bad_clips == "error":
+        lines = [f"{clip.id}: {clip.video} does not exist" for clip in missing[:20]]
+        listed = "\n       ".join(lines)
+        raise UserError(
+            f"{len(missing)} clip(s) have no file:\n       {listed}\n       correct the manifest or remove the rows, "
+            "or set data.bad_clips=skip to train without them"
+        )
+
+
 def make_adapter_plan(config: RunConfig) -> TrainingPlan:
     """The plan of a LoRA run; raises `UserError` for anything that can be known to fail."""
     data = make_data_plan(config)
@@ -149,6 +161,7 @@ def make_full_plan(config: RunConfig) -> TrainingPlan:
 
 def _add_training(data: DataPlan, num_parameters: int, num_trainable: int) -> TrainingPlan:
     config, form = data.config, data.clip_format
+    _refuse_missing_files([*data.train_clips, *data.validation_clips], config)
     tokens = data.facts.num_tokens(form.num_frames, form.height, form.width)
     plans = [
         predict(

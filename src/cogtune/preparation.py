@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
@@ -36,16 +37,25 @@ def encode_data(plan: DataPlan, accelerator: Accelerator) -> EncodedData:
     Clips go first: a bad one shows before the large text encoder loads. Raises `UserError` with all bad clips, or
     leaves them out where `data.bad_clips` is `skip`.
     """
+    try:
+        return _encode_data(plan, accelerator)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory on the device while encoding clips and captions: {str(error).splitlines()[0][:300]}\n"
+            "       close other programs on the device, or fill the cache on a larger one with data/prepare.py"
+        ) from error
+
+
+def _encode_data(plan: DataPlan, accelerator: Accelerator) -> EncodedData:
     cache = plan.make_cache()
     quiet = not accelerator.is_main_process
     share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
     clips = [*plan.train_clips, *plan.validation_clips]
-    for clip in clips:
-        if not clip.video.is_file():
-            raise UserError(f"clip {clip.id!r}: {clip.video} does not exist; correct the manifest or remove the row")
+    absent = [clip for clip in clips if not clip.video.is_file()]  # only where data.bad_clips is skip
+    clips = [clip for clip in clips if clip not in absent]
     keys = CacheKeys(cache, plan.facts, plan.clip_format, plan.dtype)
     before = cache.size_bytes()
-    problems: list[str] = []
+    problems = [f"{clip.id}: {clip.video} does not exist" for clip in absent] if accelerator.is_main_process else []
 
     def note_problem(clip: Clip, problem: ClipError) -> None:
         problems.append(f"{clip.id}: {problem}")

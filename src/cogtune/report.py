@@ -13,6 +13,7 @@ import yaml
 from cogtune.config import RunConfig
 from cogtune.dataset import Entry
 from cogtune.tracking import read_metrics
+from cogtune.validation import read_requests
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 460, 220, 62, 28
 _COLOURS = ("#2a6fdb", "#d1495b", "#3c9d5d", "#b07d2b", "#7a5cc9", "#3aa6a6", "#8c564b", "#555555", "#c2569d")
@@ -152,9 +153,10 @@ def _collect_samples(folder: Path, config: RunConfig) -> list[dict[str, Any]]:
     rows = []
     for number, prompt in enumerate(config.validation.prompts):
         for seed in config.validation.seeds:
-            found = [
-                path / f"{number:02d}-{seed}.mp4" for path in steps if (path / f"{number:02d}-{seed}.mp4").is_file()
-            ]
+            name = f"{number:02d}-{seed}.mp4"
+            made = [(path / name, read_requests(path).get(name, {})) for path in steps]
+            # After a change of prompts, older steps hold other prompts' videos under the same name.
+            found = [path for path, asked in made if path.is_file() and asked.get("prompt") == prompt]
             shown = (
                 [found[0], *([found[len(found) // 2]] if len(found) > 3 else []), found[-1]]
                 if len(found) > 1

@@ -1,6 +1,8 @@
 """A training run from its plan: folder, encoded data, transformer, loop, final weights. Used by `train/*.py`."""
 
 import contextlib
+import ctypes
+import os
 import shutil
 import signal
 import sys
@@ -25,9 +27,12 @@ from cogtune.memory import explain_out_of_memory
 from cogtune.optimization import StepGuard, make_optimizer
 from cogtune.plan import DataPlan, TrainingPlan
 from cogtune.preparation import EncodedData
+from cogtune.report import write_report
 from cogtune.tracking import MetricsLog
 from cogtune.trainer import Trained, Trainer
 from cogtune.validator import Validator
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 # Settings that may differ between a run and its continuation: they change no training result.
 _FREE_SETTINGS = frozenset(
@@ -51,6 +56,16 @@ _FREE_SETTINGS = frozenset(
         "data.allow_outside_root",
     }
 )
+
+
+def _follow_the_launcher() -> None:
+    """Under `accelerate launch` with one process, lets the launcher's end reach this process as a SIGTERM.
+
+    That launcher ends on SIGTERM without telling its child, which would train on unseen (Linux only).
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+    if launched and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def check_output_folder(config: RunConfig) -> None:
@@ -88,6 +103,7 @@ def _refuse_differences(folder: Path, differences: list[str]) -> None:
 
 def start_accelerator(plan: DataPlan) -> Accelerator:
     """The process group and device. Precision is ours: no autocast, so training computes what inference computes."""
+    _follow_the_launcher()
     return Accelerator(
         mixed_precision="no",
         cpu=plan.device.type == "cpu",
@@ -116,10 +132,10 @@ class Run:
         Raises `UserError` for a folder that holds another run, or can't be written.
         """
         resume = self.config.checkpoint.resume
-        if resume not in ("auto", "never"):
-            checkpoint: Checkpoint | None = read_checkpoint(Path(resume))
-        else:
-            checkpoint = self.checkpoints.find_newest(self.accelerator.print)
+        # A path starts this run; what the run itself has saved since then is newer.
+        checkpoint = self.checkpoints.find_newest(self.accelerator.print)
+        if checkpoint is None and resume not in ("auto", "never"):
+            checkpoint = read_checkpoint(Path(resume))
         if checkpoint is not None:
             self._check_same_run(checkpoint)
         self.accelerator.wait_for_everyone()
@@ -145,6 +161,12 @@ class Run:
 
     def train(self, trained: Trained) -> bool:
         """Trains to the end or to a signal; True at the end. Everything but the trained weights is made here."""
+        try:
+            return self._train(trained)
+        except torch.OutOfMemoryError as error:
+            raise UserError(explain_out_of_memory(self.plan.memory, error)) from error
+
+    def _train(self, trained: Trained) -> bool:
         plan, config, accelerator = self.plan, self.config, self.accelerator
         checkpoint = self.open_folder()
         torch.backends.cuda.matmul.allow_tf32 = config.memory.allow_tf32
@@ -208,10 +230,7 @@ class Run:
             if checkpoint is not None:
                 trainer.resume(checkpoint)
                 accelerator.print(f"resumed from {checkpoint.folder} at step {checkpoint.step}")
-            try:
-                finished = trainer.fit()
-            except torch.OutOfMemoryError as error:
-                raise UserError(explain_out_of_memory(plan.memory, error)) from error
+            finished = trainer.fit()
             if finished:
                 validate(trainer.step)
         return finished
@@ -226,8 +245,13 @@ class Run:
                 trained.export(partial)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
+            self.write_report()
         self.accelerator.wait_for_everyone()
         self.accelerator.print(f"final weights: {self.folder / 'final'}\nreport: {self.folder / 'report.html'}")
+
+    def write_report(self) -> None:
+        """Brings `report.html` up to date."""
+        write_report(self.folder, self.config, self.data.train, self.data.validation)
 
     def _averaged_weights(self) -> contextlib.AbstractContextManager[None]:
         return self._ema.swapped_in() if self._ema is not None else contextlib.nullcontext()
@@ -265,8 +289,11 @@ def derive_init_seed(config: RunConfig) -> int:
     return derive_seed("init", config.train.seed)
 
 
-def exit_after_signal(accelerator: Accelerator, folder: Path) -> None:
+def exit_after_signal(run: Run) -> None:
     """Says where the run can go on, and ends the process cleanly."""
+    accelerator, folder = run.accelerator, run.folder
+    if accelerator.is_main_process:
+        run.write_report()
     accelerator.print(f"stopped by a signal; the checkpoint is saved, start the same command again to go on ({folder})")
     accelerator.end_training()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -148,7 +148,10 @@ class Trainer:
             group["lr"] = rate
         for micro in range(train.gradient_accumulation_steps):
             asked = time.perf_counter()
-            host_batch = next(batches)
+            try:
+                host_batch = next(batches)
+            except UserError as error:  # from a worker it comes with the worker's traceback around the message
+                raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
             recent.data_seconds += time.perf_counter() - asked
             batch = host_batch.to(accelerator.device)
             if self._config.adapter.dropout:

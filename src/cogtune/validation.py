@@ -4,10 +4,12 @@ All noise is keyed by clip and timestep, not by the run's position, so validatin
 losses of different steps, runs and GPU counts compare. Clips and videos are spread over the ranks.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -23,6 +25,7 @@ from cogtune.generation import Request, decode_latents, generate_latents, make_p
 from cogtune.models import ModelFacts
 from cogtune.video import write_video
 
+_REQUESTS = "requests.json"
 QUANTILES = tuple(round(0.1 * k, 1) for k in range(1, 10))
 
 
@@ -52,7 +55,7 @@ def evaluate(
     scaling_factor: float,
     device: torch.device,
 ) -> torch.Tensor:
-    """Sums of the v loss over these clips at each quantile and the number of clips, float64 [10] on the device."""
+    """Sums of the unweighted v loss at each quantile, and the number of clips, float64 [10] on the device."""
     sums = torch.zeros(len(QUANTILES) + 1, dtype=torch.float64, device=device)
     with evaluation_mode(transformer):
         for entry in entries:
@@ -69,7 +72,7 @@ def evaluate(
                     [entry.clip],
                     [False],
                 ).to(device)
-                sums[index] += denoiser.losses(transformer, batch)[0].double()
+                sums[index] += denoiser.losses(transformer, batch, weighted=False)[0].double()
             sums[-1] += 1
     return sums
 
@@ -83,9 +86,25 @@ class VideoJob:
     text_key: str
     negative_key: str
 
+    def describe(self) -> dict[str, Any]:
+        """What was asked for, as saved beside the videos."""
+        return asdict(self.request)
+
     def file_name(self, suffix: str = "") -> str:
         """`<nn>-<seed>.mp4`."""
         return f"{self.number:02d}-{self.request.seed}{suffix}.mp4"
+
+
+def write_requests(folder: Path, jobs: Sequence[VideoJob]) -> None:
+    """Notes beside a step's videos what each was asked to show."""
+    text = json.dumps({job.file_name(): job.describe() for job in jobs}, indent=1)
+    (folder / _REQUESTS).write_text(text, encoding="utf-8")
+
+
+def read_requests(folder: Path) -> dict[str, dict[str, Any]]:
+    """What `write_requests` noted, by file name; nothing where the step has no videos."""
+    path = folder / _REQUESTS
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def generate_videos(

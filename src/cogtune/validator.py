@@ -14,7 +14,7 @@ from cogtune.plan import TrainingPlan
 from cogtune.preparation import EncodedData
 from cogtune.report import write_report
 from cogtune.tracking import MetricsLog
-from cogtune.validation import VideoJob, evaluate, generate_videos, mean_losses
+from cogtune.validation import VideoJob, evaluate, generate_videos, mean_losses, read_requests, write_requests
 
 BASE_STEP = "step-000000"  # before the first step the model is the base model
 
@@ -43,13 +43,15 @@ class Validator:
         """Evaluation loss, videos and report of a step; step 0 is the base model's."""
         if not self._plan.config.validation.enabled:
             return
+        folder = self._folder / "samples" / f"step-{step:06d}"
         with self._averaged_weights():
             self._evaluate(step)
-            folder = self._folder / "samples" / f"step-{step:06d}"
             if step > 0 or self._plan.config.validation.base_videos:
                 self._generate(folder)
         self._accelerator.wait_for_everyone()
         if self._accelerator.is_main_process:
+            if self._jobs and folder.is_dir():
+                write_requests(folder, self._jobs)
             if step > 0:
                 self._copy_base_videos(folder)
             write_report(self._folder, self._plan.config, self._data.train, self._data.validation)
@@ -85,10 +87,13 @@ class Validator:
         )
 
     def _copy_base_videos(self, folder: Path) -> None:
+        """The base model's videos of the same requests; after a change of prompts there may be none."""
+        base_folder = self._folder / "samples" / BASE_STEP
+        made = read_requests(base_folder)
         for job in self._jobs:
-            base = self._folder / "samples" / BASE_STEP / job.file_name()
-            if base.is_file():
-                shutil.copyfile(base, folder / job.file_name("-base"))
+            name = job.file_name()
+            if made.get(name) == job.describe() and (base_folder / name).is_file():
+                shutil.copyfile(base_folder / name, folder / job.file_name("-base"))
 
 
 def _make_jobs(plan: TrainingPlan, data: EncodedData) -> list[VideoJob]:

@@ -1,6 +1,8 @@
 """Whole training runs on a tiny random pipeline: exact resume, equal layouts, clean stops, usable results."""
 
 import json
+import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -59,16 +61,20 @@ def assert_same_tensors(first: Path, second: Path, *, atol: float = 0.0) -> None
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=atol, msg=f"{name} of {first} and {second}")
 
 
-def start(script: str, config: Path, *, processes: int = 1, driver: str | None = None) -> subprocess.Popen[str]:
-    """A command in its own process(es), through torchrun for more than one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={port}"]
-    command = [sys.executable, *(launcher if processes > 1 else []), *([driver] if driver else [ROOT / script])]
+def start(
+    script: str, config: Path, *options: str, launcher: str | None = None, driver: str | None = None
+) -> subprocess.Popen[str]:
+    """A command in a process group of its own, directly or through `accelerate launch` with one of our configs."""
+    command = [sys.executable, driver or ROOT / script]
+    if launcher is not None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        launch = ["-m", "accelerate.commands.accelerate_cli", "launch", f"--main_process_port={port}"]
+        command = [sys.executable, *launch, "--config_file", ROOT / "configs/accelerate" / launcher, ROOT / script]
     return subprocess.Popen(
-        [*map(str, command), "--config", str(config)],
-        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [*map(str, command), "--config", str(config), *options],
+        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
 
 
@@ -126,6 +132,7 @@ def test_killed_in_the_middle_of_a_save_it_resumes_exactly(
 ) -> None:
     straight, killed = make_config("straight"), make_config("killed")
     assert run_command("train/lora.py", "--config", straight).code == 0
+    assert (tmp_path / "straight" / "report.html").is_file(), "validation is off; the report is written all the same"
     driver = tmp_path / "driver.py"
     driver.write_text(_KILL_DURING_SAVE.format(script=str(ROOT / "train/lora.py")))
     process = start("", killed, driver=str(driver))
@@ -152,7 +159,7 @@ def test_two_processes_equal_one_with_batch_two_or_accumulation(
         "batch": make_config("batch", train=train | {"batch_size": 2}, **options),
         "accumulation": make_config("accumulation", train=train | {"gradient_accumulation_steps": 2}, **options),
     }
-    process = start(script, layouts.pop("processes"), processes=2)
+    process = start(script, layouts.pop("processes"), launcher="ddp.yaml")  # two processes, gloo without GPUs
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output
     for config in layouts.values():
@@ -168,28 +175,88 @@ def test_two_processes_equal_one_with_batch_two_or_accumulation(
         assert_same_tensors(folders["processes"] / file, folders[name] / file, atol=3e-5)
 
 
-def test_sigterm_saves_and_ends_cleanly_and_the_run_goes_on(
-    make_config: Callable[..., Path], run_command: Any, tmp_path: Path
-) -> None:
-    settings = {"train": {"max_steps": 60, "timestep_strata": 4}, "checkpoint": {"every_steps": 1000}}
-    stopped, straight = make_config("stopped", **settings), make_config("straight", **settings)
-    process = start("train/lora.py", stopped)
-    metrics = tmp_path / "stopped" / "metrics.jsonl"
-    deadline = time.monotonic() + 90
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+def wait_for_rows(folder: Path, count: int, process: subprocess.Popen[str]) -> None:
+    metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 90
+    while not (metrics.exists() and metrics.read_text().count("\n") >= count):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+
+
+def test_sigterm_to_the_process_group_saves_and_the_run_goes_on(
+    make_config: Callable[..., Path], run_command: Any, tmp_path: Path
+) -> None:
+    """Schedulers signal every process of a job, the loader's workers too."""
+    settings = {"train": {"max_steps": 80, "timestep_strata": 4}, "checkpoint": {"every_steps": 1000}}
+    stopped, straight = make_config("stopped", **settings), make_config("straight", **settings)
+    process = start("train/lora.py", stopped, "--data.num_workers=2")
+    wait_for_rows(tmp_path / "stopped", 2, process)
+    os.killpg(process.pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     assert "stopped by a signal; the checkpoint is saved" in output
     saved = list((tmp_path / "stopped" / "checkpoints").glob("step-*"))
-    assert len(saved) == 1 and 2 <= int(saved[0].name[5:]) < 60
-    assert not (tmp_path / "stopped" / "final").exists()
+    assert len(saved) == 1 and 2 <= int(saved[0].name[5:]) < 80
+    assert not (tmp_path / "stopped" / "final").exists() and (tmp_path / "stopped" / "report.html").is_file()
     assert run_command("train/lora.py", "--config", stopped).code == 0
     assert run_command("train/lora.py", "--config", straight).code == 0
     weights = "final/pytorch_lora_weights.safetensors"
     assert_same_tensors(tmp_path / "stopped" / weights, tmp_path / "straight" / weights)
+
+
+def test_sigterm_to_accelerate_launch_reaches_the_trainer(make_config: Callable[..., Path], tmp_path: Path) -> None:
+    settings = {"train": {"max_steps": 4000, "timestep_strata": 4}, "checkpoint": {"every_steps": 100000}}
+    process = start("train/lora.py", make_config("launched", **settings), launcher="single.yaml")
+    wait_for_rows(tmp_path / "launched", 2, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)  # ends when the trainer, too, has closed the pipe
+    assert "stopped by a signal; the checkpoint is saved" in output
+    assert len(list((tmp_path / "launched" / "checkpoints").glob("step-*"))) == 1
+
+
+def test_starting_from_another_runs_checkpoint(
+    make_config: Callable[..., Path], run_command: Any, tmp_path: Path
+) -> None:
+    """`resume=PATH` starts a new folder there, and goes on from its own checkpoints afterwards."""
+    first = make_config("first")
+    assert run_command("train/lora.py", "--config", first).code == 0
+    origin = tmp_path / "first" / "checkpoints" / "step-000002"
+    second = make_config("second", checkpoint={"every_steps": 1, "resume": str(origin)})
+    assert "at step 2" in run_command("train/lora.py", "--config", second).out
+    weights = "final/pytorch_lora_weights.safetensors"
+    assert_same_tensors(tmp_path / "first" / weights, tmp_path / "second" / weights)
+    shutil.rmtree(tmp_path / "second" / "checkpoints" / "step-000004")
+    assert "at step 3" in run_command("train/lora.py", "--config", second).out
+
+
+def test_changed_prompts_are_not_shown_beside_other_prompts_videos(
+    make_config: Callable[..., Path], run_command: Any, tmp_path: Path
+) -> None:
+    videos = {"enabled": True, "num_inference_steps": 2, "prompts": ["waves"]}
+    config = make_config("prompts", validation=videos)
+    assert run_command("train/lora.py", "--config", config).code == 0
+    samples = tmp_path / "prompts" / "samples" / "step-000004"
+    assert (samples / "00-0-base.mp4").is_file()
+    shutil.rmtree(samples)
+    assert run_command("train/lora.py", "--config", config, "--validation.prompts=something else").code == 0
+    assert (samples / "00-0.mp4").is_file() and not (samples / "00-0-base.mp4").exists()
+    page = (tmp_path / "prompts" / "report.html").read_text()
+    assert page.count("data:video/mp4") == 1 and ">base model<" not in page
+
+
+def test_missing_files_are_all_named_or_left_out(
+    make_config: Callable[..., Path], run_command: Any, tmp_path: Path, clips_folder: Path
+) -> None:
+    rows = [{"video": name, "caption": "waves"} for name in ("gone.mp4", "clip0.mp4", "lost.mp4")]
+    manifest = clips_folder / "partly.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = make_config("missing", data=BASIC["data"] | {"manifest": str(manifest)})
+    for options in ([], ["--dry-run"]):
+        outcome = run_command("train/lora.py", "--config", config, *options)
+        assert outcome.code == 2 and "2 clip(s) have no file" in outcome.err
+        assert "gone.mp4" in outcome.err and "lost.mp4" in outcome.err and "data.bad_clips=skip" in outcome.err
+    outcome = run_command("train/lora.py", "--config", config, "--data.bad_clips=skip")
+    assert outcome.code == 0 and "leaving out 2 clip(s)" in outcome.out
+    manifest.unlink()
 
 
 def test_main_job_from_clips_to_video(
@@ -220,7 +287,7 @@ def test_main_job_from_clips_to_video(
     expected = {"step", "loss", "learning_rate", "grad_norm", "step_seconds", "data_seconds", "samples_seen"}
     assert all(expected | {"peak_memory_gib"} <= row.keys() for row in read_rows(job, "loss"))
     for step in (2, 4):
-        videos = sorted(path.name for path in (job / "samples" / f"step-{step:06d}").iterdir())
+        videos = sorted(path.name for path in (job / "samples" / f"step-{step:06d}").glob("*.mp4"))
         assert videos == ["00-5-base.mp4", "00-5.mp4"]
     page = (job / "report.html").read_text()
     assert page.count("data:video/mp4;base64,") >= 2 and "zib coloured waves" in page

@@ -245,3 +245,11 @@ def test_differences_are_named_by_key() -> None:
     assert find_differences(saved, current, free) == ["adapter.new: None -> 1", "train.seed: 1 -> 2"]
     assert find_differences(saved, saved, frozenset()) == []
     assert find_differences({"a": 1}, {}, frozenset()) == ["a: 1 -> None"]
+
+
+def test_the_checkpoint_just_written_is_never_rotated_away(tmp_path: Path) -> None:
+    """Also where later ones of another line lie in the folder."""
+    store = CheckpointFolder(tmp_path, keep_last=2)
+    for step in (500, 1000, 100):
+        store.save(step, {}, lambda folder: (folder / "weights").write_bytes(b"x") and None)
+    assert (tmp_path / "step-000100" / "manifest.json").is_file()

@@ -217,3 +217,22 @@ def test_unsupported_sizes_can_be_allowed_but_impossible_ones_not(
     with pytest.raises(UserError, match="num_frames=18"):
         check_size(facts, 18, 256, 384, allow_unsupported_size=True)
     check_size(read_facts(tiny_folder), 9, 32, 48)  # no variant that fixes a size
+
+
+@pytest.mark.parametrize("damage", ["truncated", "grown", "no header", "missing shard"])
+def test_damaged_or_incomplete_weights_are_found_without_loading_them(
+    damage: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    weights = next((folder / "transformer").glob("*.safetensors"))
+    content = weights.read_bytes()
+    changed = {"truncated": content[:-1], "grown": content + b"x", "no header": b"12345678" + content[8:]}
+    message = "truncated or damaged"
+    if damage == "missing shard":
+        index = {"weight_map": {"a": weights.name, "b": "model-00002-of-00002.safetensors"}}
+        (folder / "transformer" / "model.safetensors.index.json").write_text(json.dumps(index))
+        message = "model-00002-of-00002.safetensors is missing"
+    else:
+        weights.write_bytes(changed[damage])
+    with pytest.raises(UserError, match=message):
+        models.read_facts(folder)
