@@ -1,4 +1,4 @@
-# demo, test, lint, format: each makes .venv by itself when it is missing, or older than pyproject.toml.
+# install, demo, test, lint, format: each makes .venv by itself when it is missing, or older than pyproject.toml.
 #
 #   make test
 #   make test TORCH="torch==2.13.0"                     that build of PyTorch first, instead of what pip chooses
@@ -17,7 +17,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install $(if $(CONSTRAIN
 XDIST := -n logical --maxprocesses 4
 WANTED := $(TORCH) $(CONSTRAINTS)
 
-.PHONY: demo test lint format
+.PHONY: demo test lint format install
+
+install: $(STAMP)
 
 demo: $(STAMP)
 	@$(BIN)/python scripts/demo.py
