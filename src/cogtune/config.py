@@ -96,8 +96,8 @@ class OptimizerSettings(Section):
 class ScheduleSettings(Section):
     name: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the learning rate after the warm-up; cosine and linear end at `final_ratio` of the peak."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 100
-    """Steps of linear warm-up from zero; cut to a tenth of a shorter run."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Steps of linear warm-up from zero; default: 100, or a tenth of a run shorter than 1,000 steps."""
     final_ratio: Fraction = 0.0
     """Learning rate at the last step as a part of the peak."""
 

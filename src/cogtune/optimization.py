@@ -29,7 +29,7 @@ def make_optimizer(parameters: list[torch.nn.Parameter], settings: OptimizerSett
 
 def learning_rate_at(step: int, max_steps: int, peak: float, schedule: ScheduleSettings) -> float:
     """Learning rate of step `step` (counted from 0): a pure function, so resuming needs no state."""
-    warmup = min(schedule.warmup_steps, max_steps // 10)
+    warmup = min(100, max_steps // 10) if schedule.warmup_steps is None else schedule.warmup_steps
     if step < warmup:
         return peak * (step + 1) / warmup
     if schedule.name == "constant":

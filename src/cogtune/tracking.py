@@ -42,14 +42,14 @@ class _WandbTracker:
 
 
 class _TensorBoardTracker:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, first_step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter  # needs the optional extra
         except ImportError:
             raise UserError(
                 "tracking.report_to=tensorboard: tensorboard is not installed; pip install 'cogtune[tensorboard]'"
             ) from None
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
 
     def log(self, row: dict[str, float], step: int) -> None:
         for name, value in row.items():
@@ -84,7 +84,7 @@ class MetricsLog:
         if report_to == "wandb":
             self._tracker = _WandbTracker(folder, project, wandb_mode, config)
         elif report_to == "tensorboard":
-            self._tracker = _TensorBoardTracker(folder)
+            self._tracker = _TensorBoardTracker(folder, first_step)
 
     def __enter__(self) -> "MetricsLog":
         return self

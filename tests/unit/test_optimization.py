@@ -47,10 +47,12 @@ def test_learning_rate_never_wastes_a_step() -> None:
     assert max(rates) == 1.0 and rates.index(1.0) == 4
 
 
-def test_warmup_is_cut_to_a_tenth_of_a_short_run() -> None:
-    schedule = ScheduleSettings(name="constant", warmup_steps=100)
-    assert [learning_rate_at(step, 20, 1.0, schedule) for step in range(4)] == [0.5, 1.0, 1.0, 1.0]
-    assert learning_rate_at(0, 1, 1.0, schedule) == 1.0
+def test_warmup_of_its_own_is_a_tenth_of_a_short_run_and_a_given_one_is_kept() -> None:
+    unset = ScheduleSettings(name="constant")
+    assert [learning_rate_at(step, 20, 1.0, unset) for step in range(4)] == [0.5, 1.0, 1.0, 1.0]
+    assert learning_rate_at(49, 5000, 1.0, unset) == 0.5
+    given = ScheduleSettings(name="constant", warmup_steps=10)
+    assert learning_rate_at(4, 20, 1.0, given) == 0.5
 
 
 def make_parameters(seed: int = 0) -> list[torch.nn.Parameter]:
