@@ -199,7 +199,7 @@ class TrainedAdapter:
 
 def find_adapter_file(path: Path) -> Path:
     """The weights file of an adapter given as file or folder (a run's `final/` or a checkpoint)."""
-    for candidate in (path, path / WEIGHTS_NAME, path / "adapter" / WEIGHTS_NAME):
+    for candidate in (path, path / WEIGHTS_NAME):
         if candidate.is_file():
             return candidate
     raise UserError(f"--lora {path}: no {WEIGHTS_NAME} there; give the run's final/ folder or the file itself")

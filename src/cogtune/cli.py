@@ -28,7 +28,7 @@ class Invocation:
     dry_run: bool
 
 
-class _Parser(argparse.ArgumentParser):
+class CommandParser(argparse.ArgumentParser):
     """Unknown options name the nearest known one; wrong usage is a `UserError` like any other."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -48,7 +48,9 @@ def parse_run(description: str, argv: list[str] | None = None) -> Invocation:
     Raises `UserError` with every wrong setting in one message.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = CommandParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--config", type=Path, help="YAML file with the run's settings")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, load no weights")
     options, _ = parser.parse_known_args([arg for arg in argv if arg not in ("-h", "--help")])
@@ -61,7 +63,7 @@ def parse_run(description: str, argv: list[str] | None = None) -> Invocation:
         root_parser=parser,
         cli_parse_args=rest,
         cli_hide_none_type=True,
-        parse_args_method=_Parser.parse_args,
+        parse_args_method=CommandParser.parse_args,
     )
     overrides = _merge(source(), texts)
     return Invocation(build_config(_merge(values, overrides)), options.dry_run)
@@ -73,7 +75,7 @@ def _take_text_lists(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
     pydantic-settings would cut `--validation.prompts=A ship, at sea` at its comma and fail on a quotation mark, and
     it would double the backslashes of a pattern. A JSON list (`["a", "b"]`) is taken as one.
     """
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = CommandParser(add_help=False, allow_abbrev=False)
     for section, key in _TEXT_LISTS:
         parser.add_argument(f"--{section}.{key}", action="append", dest=key)
     given, rest = parser.parse_known_args(argv)

@@ -4,9 +4,10 @@ import argparse
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 from cogtune.adapter import find_adapter_file
+from cogtune.cli import CommandParser
 from cogtune.errors import UserError
 from cogtune.generation import Offload, Quantization, Request
 from cogtune.models import ModelFacts
@@ -39,11 +40,6 @@ class GenerationOptions:
     compile: bool
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
 def parse_adapter(text: str) -> tuple[Path, float]:
     """`PATH[:scale]`; a colon that no number follows belongs to the path."""
     path, colon, scale = text.rpartition(":")
@@ -57,7 +53,9 @@ def parse_adapter(text: str) -> tuple[Path, float]:
 
 def parse_generation(description: str, argv: list[str] | None = None) -> GenerationOptions:
     """The options from the command line; raises `UserError` for wrong usage."""
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = CommandParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--model", required=True, help="hub name, pipeline folder, or tiny, cogvideox-2b, cogvideox-5b")
     add("--prompt", action="append", default=[], help="what the video shows; may be repeated")

@@ -24,10 +24,9 @@ from cogtune.denoiser import Denoiser
 from cogtune.draws import derive_seed
 from cogtune.ema import Ema
 from cogtune.errors import UserError
+from cogtune.memory import GIB
 from cogtune.optimization import StepGuard, learning_rate_at
 from cogtune.tracking import MetricsLog, Progress
-
-GIB = 1 << 30
 
 
 class Trained(Protocol):
@@ -186,8 +185,8 @@ class Trainer:
             "samples_seen": self.step * self._global_batch,
             "peak_memory_gib": _peak_memory_gib(self._accelerator.device),
         }
-        if self._guard.num_skipped:
-            row["skipped_steps"] = self._guard.num_skipped
+        if num_skipped := self._guard.num_skipped:
+            row["skipped_steps"] = num_skipped
         self._log.write(row)
         return row
 
