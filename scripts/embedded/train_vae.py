@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cogtune.errors import run_command
-from cogtune.shapes.frame_convolution import use_frame_convolutions
+from cogtune.frame_convolution import use_frame_convolutions
 from cogtune.shapes.imagery import sample_imagery
 from cogtune.shapes.pool import ClipPool, DevicePool
 from cogtune.shapes.reconstruction import (
@@ -123,14 +123,14 @@ def prepare_step(
     for master in optimizer.param_groups[0]["params"]:
         master.grad = torch.zeros_like(master)
     if device.type == "cpu":
-        use_frame_convolutions(vae)
+        use_frame_convolutions(vae, everywhere=True)
         use_small_spatial_norms(vae)
         return RecordedStep(functools.partial(update, vae, optimizer), (pixels, noise))
     best: tuple[float, RecordedStep] | None = None
     for way in CONVOLUTIONS if arguments.convolutions == "fastest" else (arguments.convolutions,):
         candidate = copy.deepcopy(vae)
         if way == "frames":
-            use_frame_convolutions(candidate)
+            use_frame_convolutions(candidate, everywhere=True)
         elif way == "volumes_last":
             for parameter in candidate.parameters():
                 layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(parameter.dim())

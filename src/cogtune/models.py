@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
 
 from cogtune.errors import UserError
+from cogtune.frame_convolution import use_frame_convolutions
 
 COMPONENTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -304,6 +305,7 @@ def load_transformer(facts: ModelFacts, dtype: torch.dtype) -> CogVideoXTransfor
 def load_vae(facts: ModelFacts, dtype: torch.dtype) -> AutoencoderKLCogVideoX:
     """The video autoencoder on the CPU, frozen, in evaluation mode."""
     vae = AutoencoderKLCogVideoX.from_pretrained(facts.folder / "vae", torch_dtype=dtype, use_safetensors=True)
+    use_frame_convolutions(vae)
     return vae.requires_grad_(False).eval()
 
 

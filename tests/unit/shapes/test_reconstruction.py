@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
-from cogtune.shapes.frame_convolution import convolve_frames, use_frame_convolutions
+from cogtune.frame_convolution import convolve_frames, use_frame_convolutions
 from cogtune.shapes.imagery import sample_imagery
 from cogtune.shapes.pool import ClipPool
 from cogtune.shapes.reconstruction import halve_colour_resolution, measure_psnr, reconstruction_loss, to_pixels

@@ -1,4 +1,4 @@
-"""Runs the autoencoder's 3D convolutions as 2D ones over stacked frames: the same sums, four times faster on a CPU.
+"""Runs the autoencoder's small 3D convolutions on a CPU as 2D ones over stacked frames: the same sums, four times faster.
 
 torch's CPU backend has a fast kernel for 3D convolutions only above two million input values; below, a slow one takes
 over (15 against 200 GFLOP/s, torch 2.13), and every layer of a small autoencoder is below. A 3x3x3 convolution is a 3x3
@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import AutoencoderKLCogVideoX
 from torch import Tensor, nn
+
+LARGE_INPUT = 2_000_000  # values; from here on the stock kernel is fast, and stacking frames would only take memory
 
 
 def convolve_frames(convolution: nn.Conv3d, volume: Tensor) -> Tensor:
@@ -26,8 +28,11 @@ def convolve_frames(convolution: nn.Conv3d, volume: Tensor) -> Tensor:
     return output.unflatten(0, (volume.shape[0], num_frames)).transpose(1, 2)
 
 
-def use_frame_convolutions(vae: AutoencoderKLCogVideoX) -> None:
-    """Lets every 3D convolution of an autoencoder run by frames; weights and state dict stay as they are."""
+def use_frame_convolutions(vae: AutoencoderKLCogVideoX, *, everywhere: bool = False) -> None:
+    """Lets the 3D convolutions of an autoencoder run by frames where that is faster: small inputs on a CPU.
+
+    `everywhere`: also on a GPU and for large inputs. Weights and state dict stay as they are.
+    """
     for module in vae.modules():
         if isinstance(module, nn.Conv3d):
             if (
@@ -39,4 +44,11 @@ def use_frame_convolutions(vae: AutoencoderKLCogVideoX) -> None:
                 raise ValueError(
                     f"{module} can't run by frames: it must have stride and dilation 1, no padding in time"
                 )
-            module.forward = functools.partial(convolve_frames, module)  # pyright: ignore[reportAttributeAccessIssue]
+            run = functools.partial(convolve_frames if everywhere else _convolve, module)
+            module.forward = run  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _convolve(convolution: nn.Conv3d, volume: Tensor) -> Tensor:
+    if volume.device.type == "cpu" and volume.numel() < LARGE_INPUT:
+        return convolve_frames(convolution, volume)
+    return type(convolution).forward(convolution, volume)
