@@ -159,9 +159,24 @@ def make_full_plan(config: RunConfig) -> TrainingPlan:
     return _add_training(data, 0, num_parameters)
 
 
+def _check_cuda_graph(data: DataPlan) -> None:
+    config = data.config
+    reasons = {
+        "it needs a GPU": data.device.type != "cuda",
+        "it needs one process": int(os.environ.get("WORLD_SIZE", "1")) > 1,
+        "train.gradient_accumulation_steps must be 1": config.train.gradient_accumulation_steps > 1,
+        "adapter.dropout must be 0": config.adapter.dropout > 0,
+        "float16's loss scale changes between steps; use bfloat16 or float32": data.dtype == torch.float16,
+    }
+    wrong = [reason for reason, holds in reasons.items() if holds]
+    if config.train.cuda_graph and wrong:
+        raise UserError(f"train.cuda_graph: {'; '.join(wrong)}; or set train.cuda_graph=false")
+
+
 def _add_training(data: DataPlan, num_parameters: int, num_trainable: int) -> TrainingPlan:
     config, form = data.config, data.clip_format
     _refuse_missing_files([*data.train_clips, *data.validation_clips], config)
+    _check_cuda_graph(data)
     tokens = data.facts.num_tokens(form.num_frames, form.height, form.width)
     plans = [
         predict(

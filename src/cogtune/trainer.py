@@ -26,6 +26,7 @@ from cogtune.ema import Ema
 from cogtune.errors import UserError
 from cogtune.memory import GIB
 from cogtune.optimization import StepGuard, learning_rate_at
+from cogtune.recorded_pass import RecordedPass
 from cogtune.tracking import MetricsLog, Progress
 
 
@@ -88,6 +89,9 @@ class Trainer:
         self._global_batch = (
             config.train.batch_size * config.train.gradient_accumulation_steps * accelerator.num_processes
         )
+        self._pass: Callable[[Batch], torch.Tensor] = self._run_pass
+        if config.train.cuda_graph:
+            self._pass = RecordedPass(self._run_pass, list(self._parameters.values()))
         self.step = 0
         self._saved_step = -1
         self._last_save = time.monotonic()
@@ -157,16 +161,23 @@ class Trainer:
                 torch.manual_seed(derive_seed("dropout", train.seed, host_batch.positions[0]))
             is_last = micro == train.gradient_accumulation_steps - 1
             with contextlib.nullcontext() if is_last else accelerator.no_sync(self._model):
-                losses = self._denoiser.losses(self._model, batch)
-                accelerator.backward(losses.mean() * self._guard.scale / train.gradient_accumulation_steps)
+                losses = self._pass(batch)
             host_batch.latents = host_batch.noise = host_batch.embeddings = torch.empty(0)
-            recent.samples.append((self.step, losses.detach(), host_batch))
+            recent.samples.append((self.step, losses, host_batch))
         grad_norm = self._guard.apply(self._optimizer, list(self._parameters.values()))
         self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        if not train.cuda_graph:  # a graph writes its gradients anew
+            self._optimizer.zero_grad(set_to_none=True)
         if self._ema is not None:
             self._ema.update(self.step + 1)
         return grad_norm
+
+    def _run_pass(self, batch: Batch) -> torch.Tensor:
+        """Forward and backward pass of a micro-batch: losses [B], gradients added to the parameters'."""
+        losses = self._denoiser.losses(self._model, batch)
+        scale = self._guard.scale / self._config.train.gradient_accumulation_steps
+        self._accelerator.backward(losses.mean() * scale)
+        return losses.detach()
 
     def _write_row(self, recent: _Recent, grad_norm: torch.Tensor) -> dict[str, Any]:
         """Waits for the device, checks what happened since the last row, and logs it."""

@@ -23,8 +23,9 @@ _MAX_BORDER_SPREAD = 40.0  # RGB distance, mean over the border: a plain backgro
 _MAX_COLOUR_ERROR = 75.0  # RGB distance to the nearest colour; colours are at least 120 apart
 _MAX_UNEXPLAINED = 75.0  # RGB distance of a pixel from the line between the background's and the object's colour
 _MAX_STRAY_SHARE = 0.2  # of the object's area: pixels off that line, or far from the object
-_MAX_SHAPE_ERROR = 0.16  # distance of signatures; right shapes stay under 0.1
-_MAX_SHAPE_RATIO = 0.6  # of the nearest to the second nearest shape's distance; right shapes stay under 0.4
+# Distance of signatures, and its greatest ratio to the second nearest shape's: a shape must be near and alone, or very
+# near. Drawn shapes stay under 0.04 and 0.3, those from an autoencoder of 33 dB nearly all under these bounds.
+_SHAPE_BOUNDS = ((0.24, 0.6), (0.12, 0.75))
 _STRAIGHT_MIN = 9.0  # pixels; the world's shortest path is 18
 _STILL_MAX = 4.0  # pixels between the centre's extremes
 _SIZE_STEADY = 1.25  # ratio of radii: less is no change of size; the world's least is 1.86
@@ -129,7 +130,7 @@ def _find_object(difference: Array, distance: Array, line: Array) -> tuple[_Obje
     share = np.clip(along, 0.0, 1.0)
     unexplained = distance**2 + share * (share - 2 * along) * length**2  # squared distance to the line's nearest point
     stray = (unexplained > min(0.45 * length, _MAX_UNEXPLAINED) ** 2).sum((1, 2))
-    cover = np.clip((along - 0.2) / 0.6, 0.0, 1.0)  # symmetric about one half: keeps the area, drops noise
+    cover = _to_cover(along)
     area = cover.sum((1, 2))
     if area.min() < _MIN_AREA:
         return None, "no object in some frames"
@@ -159,14 +160,42 @@ def _signature(cover_by_angle: Array) -> Array:
     return (spectrum * np.sqrt(_RINGS)[:, None]).astype(np.float32)
 
 
+_SOFTNESS = (0.0, 1.2, 2.0)  # pixels, standard deviation of a blur: as drawn, and as autoencoders leave moving objects
+_FINE = 0.05  # radii between the points on which outlines are blurred
+
+
 @functools.cache
 def _prototypes(radius: int) -> tuple[list[str], Array]:
-    """The signatures of all shapes at a radius in pixels, softened by a pixel's width as drawing and coding do."""
+    """The signatures of all shapes at a radius in pixels, [shapes, softness, rings, harmonics]."""
     names = [*SHAPES, CONCEPT_SHAPE]
-    x = _RINGS[:, None] * np.cos(_ANGLES)
-    y = _RINGS[:, None] * np.sin(_ANGLES)
-    covers = [np.clip(0.5 - signed_distance(name, x, y) * (radius / 1.6), 0.0, 1.0) for name in names]
-    return names, _signature(np.stack(covers))
+    axis = np.arange(-2.5, 2.5 + _FINE, _FINE, dtype=np.float32)
+    x, y = np.meshgrid(axis, axis)
+    ring_x = (_RINGS[:, None] * np.cos(_ANGLES) + 2.5) / _FINE
+    ring_y = (_RINGS[:, None] * np.sin(_ANGLES) + 2.5) / _FINE
+    signatures = []
+    for name in names:
+        drawn = np.clip(0.5 - signed_distance(name, x, y) * (radius / 1.6), 0.0, 1.0)
+        covers = np.stack(
+            [_to_cover(_blur(drawn, softness / radius / _FINE)) if softness else drawn for softness in _SOFTNESS]
+        )
+        places = (np.broadcast_to(place, (len(covers), *place.shape)) for place in (ring_x, ring_y))
+        signatures.append(_signature(_bilinear(covers, *places)))
+    return names, np.stack(signatures)
+
+
+def _to_cover(share: Array) -> Array:
+    """Cover of a pixel by its share of the object's colour: symmetric about one half; keeps the area, drops noise."""
+    return np.clip((share - 0.2) / 0.6, 0.0, 1.0)
+
+
+def _blur(image: Array, sigma: float) -> Array:
+    """A Gaussian blur of an image [H, W] by `sigma` of its own pixels; nothing lies outside."""
+    reach = math.ceil(3 * sigma)
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    kernel /= kernel.sum()
+    for turn in range(2):
+        image = np.apply_along_axis(np.convolve, turn, image, kernel, mode="same")
+    return image.astype(np.float32)
 
 
 def _read_shape(seen: _Object) -> tuple[str | None, str]:
@@ -179,11 +208,13 @@ def _read_shape(seen: _Object) -> tuple[str | None, str]:
     found = []
     for part in np.array_split(np.arange(len(radius)), 3):
         names, prototypes = _prototypes(round(float(radius[part].mean())))
-        distances = np.linalg.norm(prototypes - signatures[part].mean(0), axis=(1, 2)) / math.sqrt(total)
+        by_softness = np.linalg.norm(prototypes - signatures[part].mean(0), axis=(2, 3)) / math.sqrt(total)
+        distances = by_softness.min(1)
         best, second = np.argsort(distances)[:2]
-        if distances[best] > _MAX_SHAPE_ERROR:
+        if distances[best] > _SHAPE_BOUNDS[0][0]:
             return None, "the object has none of the known shapes"
-        if distances[best] > _MAX_SHAPE_RATIO * distances[second]:
+        ratio = distances[best] / distances[second]
+        if all(distances[best] > most or ratio > most_ratio for most, most_ratio in _SHAPE_BOUNDS):
             return None, f"the object is between {names[best]} and {names[second]}"
         found.append(names[best])
     if len(set(found)) > 1:

@@ -1,7 +1,7 @@
 """How often a pipeline shows what its prompts ask for: videos of many prompts, read by the judge.
 
-    scores = score_prompts(pipeline, base_prompts(300, seed=0), seed=0)
-    print(scores.describe())
+scores = score_prompts(pipeline, base_prompts(300, seed=0), seed=0)
+print(scores.describe())
 """
 
 from collections import Counter
