@@ -1,0 +1,56 @@
+"""Forward and backward pass of one batch shape as one CUDA graph: for models so small that starting their kernels
+takes longer than running them.
+
+It follows https://docs.pytorch.org/docs/stable/notes/cuda.html#whole-network-capture: fixed inputs, warm-up on a side
+stream, nothing inside that waits for the device. The gradients are buffers of the graph, written anew by every replay.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from cogtune.dataset import Batch
+
+_TENSORS = ("latents", "noise", "embeddings", "timesteps")
+_WARM_UP = 3
+
+
+class RecordedPass:
+    """`compute` of a batch's losses and their gradients, recorded at the first batch and replayed from then on."""
+
+    def __init__(self, compute: Callable[[Batch], torch.Tensor], parameters: Sequence[torch.nn.Parameter]) -> None:
+        self._compute, self._parameters = compute, list(parameters)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._batch: Batch | None = None
+        self._losses = torch.empty(0)
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """The losses [B] of a batch on the device; the parameters' gradients are this batch's afterwards."""
+        if self._graph is None or self._batch is None:
+            self._record(batch)
+        assert self._graph is not None and self._batch is not None
+        for name in _TENSORS:
+            getattr(self._batch, name).copy_(getattr(batch, name))
+        self._graph.replay()
+        return self._losses.clone()
+
+    def _record(self, batch: Batch) -> None:
+        self._batch = Batch(
+            **{name: getattr(batch, name).clone() for name in _TENSORS},
+            positions=batch.positions,
+            clips=batch.clips,
+            dropped=batch.dropped,
+        )
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP):  # compilation, and the libraries' choice of kernels
+                self._compute(self._batch)
+        torch.cuda.current_stream().wait_stream(stream)
+        for parameter in self._parameters:
+            parameter.grad = None  # so that the recorded pass assigns gradients instead of adding to them
+        graph = torch.cuda.CUDAGraph()
+        # The loader's pinning thread goes on calling CUDA meanwhile: only this thread's calls are checked.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._losses = self._compute(self._batch)
+        self._graph = graph
