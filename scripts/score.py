@@ -11,14 +11,11 @@ import json
 import time
 from pathlib import Path
 
-import torch
-
 from cogtune.cli import CommandParser
 from cogtune.errors import run_command
-from cogtune.generation import load_adapters, load_pipeline, place_pipeline
-from cogtune.models import choose_device, find_folder, read_facts
+from cogtune.models import choose_device
 from cogtune.shapes.captions import base_prompts, concept_prompts
-from cogtune.shapes.scoring import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, score_prompts
+from cogtune.shapes.scoring import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, load_scored_pipeline, score_prompts
 from cogtune.shapes.statistics import describe_spread
 
 
@@ -42,10 +39,7 @@ def main() -> None:
     """Loads the model once and scores it on every seed."""
     arguments = parse_arguments()
     device = choose_device(arguments.device)
-    pipeline = load_pipeline(read_facts(find_folder(arguments.model)), dtype=torch.float32)
-    load_adapters(pipeline, [(arguments.lora, 1.0)] if arguments.lora else [])
-    place_pipeline(pipeline, device, vae_tiling=False)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = load_scored_pipeline(arguments.model, arguments.lora, device)
     if arguments.prompts == "base":
         prompts = base_prompts(arguments.count or 300, seed=0)
     else:

@@ -7,6 +7,7 @@ print(scores.describe())
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from diffusers import CogVideoXPipeline
 from numpy.typing import NDArray
 
 from cogtune.draws import make_generator
+from cogtune.generation import load_adapters, load_pipeline, place_pipeline
+from cogtune.models import find_folder, read_facts
 from cogtune.shapes.captions import Prompt
 from cogtune.shapes.judge import Reading, read_video
 from cogtune.shapes.world import HEIGHT, NUM_FRAMES, WIDTH
@@ -62,6 +65,15 @@ class Scores:
         """One line in percent."""
         parts = ", ".join(f"{name} {100 * self.share(name):.1f} %" for name in ("shape", "colour", "motion"))
         return f"right {100 * self.share():.1f} % of {self.num_videos} ({parts})"
+
+
+def load_scored_pipeline(model: str, lora: Path | None, device: torch.device) -> CogVideoXPipeline:
+    """A pipeline in float32 on the device, silent, with an adapter if one is given."""
+    pipeline = load_pipeline(read_facts(find_folder(model)), dtype=torch.float32)
+    load_adapters(pipeline, [(lora, 1.0)] if lora else [])
+    place_pipeline(pipeline, device, vae_tiling=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def sample_prompts(
