@@ -51,7 +51,7 @@ class Job:
 
     def digest(self, scoring: "Scoring") -> str:
         """Changes with everything that the result depends on but the code and the model."""
-        plain = [self.command, self.settings, vars(scoring)]
+        plain = [self.command, self.seed, self.settings, vars(scoring)]
         return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -113,7 +113,7 @@ def _make_job(values: dict[str, Any], folder: Path, name: str, changes: dict[str
         raise UserError(f"run '{name}': command '{job.command}' trains nothing; choose {LORA} or {SFT}")
     settings["output_dir"] = str(folder / "runs" / job.slug)
     try:
-        build_config(settings)
+        settings["model"] = build_config(settings).to_plain()["model"]  # scoring needs it with its defaults
     except UserError as error:
         raise UserError(f"run '{name}': {error}") from None
     return job
