@@ -4,6 +4,8 @@ accelerate launch train/sft.py --config configs/sft/cogvideox-2b.yaml --data.man
 python train/sft.py --config ...                      the same on one device
 """
 
+import torch
+
 from cogtune.cli import parse_run
 from cogtune.errors import run_command
 from cogtune.full import TrainedModel
@@ -28,7 +30,7 @@ def main() -> None:
     run = Run(plan, accelerator, encode_data(plan, accelerator))
 
     card = make_model_card(config, plan.facts, num_clips=len(run.data.train), global_batch=plan.global_batch)
-    model = TrainedModel(load_transformer(plan.facts, plan.dtype), plan.facts, card, export_dtype=plan.dtype)
+    model = TrainedModel(load_transformer(plan.facts, torch.float32), plan.facts, card, export_dtype=plan.dtype)
     if not run.train(model):
         exit_after_signal(run)
     run.finish(model)

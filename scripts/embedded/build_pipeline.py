@@ -38,6 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vae", type=Path, required=True, help="folder of a trained autoencoder")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--wide-posterior", action="store_true", help="leave the autoencoder's variance as trained")
     parser.add_argument("--weights", type=Path, help="a checkpoint's ema.safetensors (default: random weights)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=6)
@@ -161,7 +162,8 @@ def main() -> None:
     if not (arguments.vae / "config.json").is_file():
         raise UserError(f"--vae {arguments.vae}: no config.json there; name the folder `vae` of train_vae.py's --out")
     vae = AutoencoderKLCogVideoX.from_pretrained(arguments.vae)
-    narrow_posterior(vae)
+    if not arguments.wide_posterior:
+        narrow_posterior(vae)
     torch.manual_seed(arguments.seed)
     tokenizer = make_tokenizer()
     text_encoder = make_text_encoder(len(tokenizer))
