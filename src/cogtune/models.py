@@ -67,7 +67,7 @@ VARIANTS = {
             "patch_size_t": None,
         },
     ),
-    "tiny": Variant(None, torch.float32, 17, 64, 96, 8.0, False, {"num_layers": 6, "sample_height": 8}),
+    "tiny": Variant(None, torch.float32, 17, 64, 96, 8.0, False, {"num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 48}),
 }
 
 
@@ -126,9 +126,8 @@ def find_folder(name_or_path: str) -> Path:
         embedded = EMBEDDED / name_or_path
         if not embedded.is_dir():
             raise UserError(
-                f"model.path={name_or_path}: this release ships no trained tiny model yet; make a random one with "
-                "`python scripts/random_pipeline.py --model tiny FOLDER` and give its folder, or give "
-                "cogvideox-2b or cogvideox-5b"
+                f"model.path={name_or_path}: {embedded} is missing, which belongs to the package; install it again, or "
+                "make the model with scripts/embedded/train_base.sh"
             )
         return embedded
     hub_name = row.hub_name if row is not None else name_or_path
@@ -211,7 +210,7 @@ def read_facts(folder: Path) -> ModelFacts:
 def find_variant(transformer_config: dict[str, Any]) -> str:
     """Name of the row of `VARIANTS` whose signature the transformer's config carries, else "custom"."""
     for name, row in VARIANTS.items():
-        if row.hub_name and all(transformer_config.get(key) == value for key, value in row.signature.items()):
+        if all(transformer_config.get(key) == value for key, value in row.signature.items()):
             return name
     return "custom"
 

@@ -1,4 +1,4 @@
-"""`report.html`: one self-contained file with curves, quantile losses, videos side by side, config and data table."""
+"""`report.html`: one self-contained file with curves, videos side by side, training clips, data table and config."""
 
 import base64
 import html
@@ -12,12 +12,14 @@ import yaml
 
 from cogtune.config import RunConfig
 from cogtune.dataset import Entry
+from cogtune.previews import make_previews
 from cogtune.tracking import read_metrics
 from cogtune.validation import read_requests
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 460, 220, 62, 28
 _COLOURS = ("#2a6fdb", "#d1495b", "#3c9d5d", "#b07d2b", "#7a5cc9", "#3aa6a6", "#8c564b", "#555555", "#c2569d")
 _MAX_ROWS = 200
+_MAX_PREVIEWS = 8
 
 
 def write_report(folder: Path, config: RunConfig, train: Sequence[Entry], validation: Sequence[Entry]) -> Path:
@@ -45,6 +47,11 @@ def write_report(folder: Path, config: RunConfig, train: Sequence[Entry], valida
             ),
         ],
         samples=_collect_samples(folder, config),
+        previews=[
+            {"caption": entry.clip.caption, "source": embed_video(path)}
+            for entry, path in make_previews(folder / "previews", train, _MAX_PREVIEWS)
+        ],
+        num_clips=len(train),
         clips=[
             _describe_clip(entry, part)
             for part, entries in (("train", train), ("held out", validation))
