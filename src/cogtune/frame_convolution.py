@@ -1,4 +1,4 @@
-"""Runs the autoencoder's small 3D convolutions on a CPU as 2D ones over stacked frames: the same sums, four times faster.
+"""Runs an autoencoder's small 3D convolutions on a CPU as 2D ones over stacked frames: same sums, four times faster.
 
 torch's CPU backend has a fast kernel for 3D convolutions only above two million input values; below, a slow one takes
 over (15 against 200 GFLOP/s, torch 2.13), and every layer of a small autoencoder is below. A 3x3x3 convolution is a 3x3

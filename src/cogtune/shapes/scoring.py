@@ -23,7 +23,7 @@ from cogtune.shapes.world import HEIGHT, NUM_FRAMES, WIDTH
 
 TEXT_LENGTH = 32
 NUM_INFERENCE_STEPS = 25
-GUIDANCE_SCALE = 4.0
+GUIDANCE_SCALE = 3.0
 
 
 @dataclass
