@@ -29,8 +29,10 @@ def test_readme_commands_run_in_order(
         (tmp_path / "clips" / path.name).write_bytes(path.read_bytes())
     monkeypatch.chdir(tmp_path)
     ran = []
-    # These two need the demo's adapter and minutes; `test_demo.py` and `test_comparison.py` run what they run.
-    for line in [line for line in shown_commands() if not line.startswith(("python scripts/score", "python scripts/c"))]:
+    # Scoring and comparing need the demo's adapter and minutes; other tests run what they run.
+    for line in [
+        line for line in shown_commands() if not line.startswith(("python scripts/score", "python scripts/c"))
+    ]:
         words = shlex.split(line)
         if words[0] == "make":
             assert words[1] in re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)

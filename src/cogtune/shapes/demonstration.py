@@ -2,10 +2,8 @@
 
 import os
 import shlex
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,20 +31,6 @@ def run_step(*command: str) -> None:
     """Shows and runs one of the project's commands; raises `UserError` where it fails."""
     print(f"\n$ python {shlex.join(command)}", flush=True)
     if subprocess.run([sys.executable, *command], env=os.environ | _QUIET).returncode:
-        raise UserError(f"{command[0]} failed; its message is above")
-
-
-def run_and_stop(*command: str, metrics: Path, num_rows: int) -> None:
-    """Starts training and ends it by SIGTERM, as a cluster would, once it has logged so many rows.
-
-    It saves a checkpoint and exits with 0; a run that is faster than that ends by itself.
-    """
-    print(f"\n$ python {shlex.join(command)}     (will be told to stop)", flush=True)
-    process = subprocess.Popen([sys.executable, *command], env=os.environ | _QUIET)
-    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= num_rows):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    if process.wait():
         raise UserError(f"{command[0]} failed; its message is above")
 
 
