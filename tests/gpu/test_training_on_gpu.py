@@ -145,6 +145,25 @@ def test_whole_job_in_low_precision_resumes_exactly(
     assert all(loss == loss and loss < 10 for loss in straight)
 
 
+@pytest.mark.parametrize("script", ["train/lora.py", "train/sft.py"])
+def test_a_replayed_pass_equals_a_plain_one(
+    script: str, make_job: Callable[..., Path], run_command: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Losses of a run with `train.cuda_graph`, also resumed, against those without it."""
+    job = make_job(tiny_folder, validation={"enabled": False})
+    losses = {}
+    for graph in (False, True):
+        out = tmp_path / f"graph-{graph}"
+        options = (f"--train.cuda_graph={str(graph).lower()}", f"--output_dir={out}")
+        outcome = run_command(script, "--config", job, *options)
+        assert outcome.code == 0, outcome.err
+        losses[graph] = [row["loss"] for row in rows_of(out) if "loss" in row]
+        shutil.rmtree(out / "checkpoints" / "step-000012")
+        assert "at step 6" in run_command(script, "--config", job, *options).out
+        assert [row["loss"] for row in rows_of(out) if "loss" in row] == pytest.approx(losses[graph], rel=1e-3)
+    assert losses[True] == pytest.approx(losses[False], rel=2e-3)
+
+
 def test_no_step_waits_for_the_device(
     make_job: Callable[..., Path], run_command: Any, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
