@@ -15,7 +15,15 @@ from pathlib import Path
 
 from cogtune.cli import CommandParser
 from cogtune.errors import UserError, run_command
-from cogtune.shapes.comparison import Scoring, describe_device, draw_clips, limit_threads, perform_all, read_jobs
+from cogtune.shapes.comparison import (
+    Scoring,
+    describe_device,
+    draw_clips,
+    end_with_parent,
+    limit_threads,
+    perform_all,
+    read_jobs,
+)
 from cogtune.shapes.scoring import NUM_INFERENCE_STEPS
 from cogtune.shapes.tables import make_table
 
@@ -44,11 +52,12 @@ def main() -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be at least 1")
     jobs = read_jobs(arguments.runs, arguments.out, arguments.seeds, arguments.only)
     scoring = Scoring(arguments.concept_prompts, arguments.base_prompts, arguments.steps, arguments.batch_size)
-    draw_clips(arguments.out)
+    draw_clips(arguments.out, jobs)
     # For the pool's processes, which import torch and transformers themselves.
     os.environ["OMP_NUM_THREADS"] = limit_threads(arguments.jobs, os.cpu_count() or 1)
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    with ProcessPoolExecutor(arguments.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.jobs, mp_context=spawn, initializer=end_with_parent) as pool:
         results = perform_all(arguments.out, jobs, scoring, pool, num_workers=arguments.jobs, minutes=arguments.minutes)
     conditions = {"device": describe_device(), "jobs": arguments.jobs, **vars(scoring)}
     (arguments.out / "results.json").write_text(json.dumps({"conditions": conditions, "results": results}, indent=1))

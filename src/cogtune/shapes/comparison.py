@@ -1,17 +1,21 @@
 """Compares ways to train on the world of shapes: many runs over several seeds, each scored by the judge.
 
 A comparison is a YAML file: `config` (what every run starts from), `set` (dotted settings for all) and `runs` (name ->
-dotted settings; `command` and `config` may differ too). Each run is one of the project's own commands in a process of
+dotted settings; `command` and `config` may differ too, and `prior` adds so many clips of the base's own world, against
+forgetting). Each run is one of the project's own commands in a process of
 its own; the process that started it then scores what came out. A finished run leaves `results/<name>.json` and is
 never made again.
 """
 
+import ctypes
 import hashlib
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +34,9 @@ from cogtune.tracking import read_metrics
 
 LORA, SFT = "train/lora.py", "train/sft.py"
 BASE = "base model"
-NUM_CLIPS, NUM_HELD_OUT = 24, 6
-_SPECIAL = ("config", "command")
+NUM_CLIPS, NUM_HELD_OUT, MOST_PRIOR = 24, 6, 96
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_SPECIAL = ("config", "command", "prior")
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ class Job:
     command: str | None
     settings: dict[str, Any]
     """The run's whole config, plain."""
+    prior: int = 0
+    """Clips of the base's world beside the concept's."""
 
     @property
     def slug(self) -> str:
@@ -97,8 +104,11 @@ def _make_job(values: dict[str, Any], folder: Path, name: str, changes: dict[str
     if config is None:
         raise UserError(f"run '{name}': no config; give `config: FILE` at the top or in the run")
     settings = read_yaml(Path(config))
+    prior = changes.get("prior", 0)
+    if prior not in range(MOST_PRIOR + 1):
+        raise UserError(f"run '{name}': prior is {prior!r}; give a number of clips from 0 to {MOST_PRIOR}")
     own = {
-        "data.manifest": str(folder / "clips"),
+        "data.manifest": str(mixed_manifest(folder, prior) if prior else folder / "clips"),
         "data.validation_manifest": str(folder / "held_out"),
         "data.cache_dir": str(folder / "cache"),
         "validation.prompts": [],
@@ -108,7 +118,7 @@ def _make_job(values: dict[str, Any], folder: Path, name: str, changes: dict[str
     given = {key: value for key, value in changes.items() if key not in _SPECIAL}
     for key, value in ((values.get("set") or {}) | given | own).items():
         _set(settings, name, key, value)
-    job = Job(name, seed, changes.get("command", LORA), settings)
+    job = Job(name, seed, changes.get("command", LORA), settings, prior)
     if job.command not in (LORA, SFT):
         raise UserError(f"run '{name}': command '{job.command}' trains nothing; choose {LORA} or {SFT}")
     settings["output_dir"] = str(folder / "runs" / job.slug)
@@ -123,15 +133,36 @@ def _set(settings: dict[str, Any], name: str, key: str, value: Any) -> None:
     """Sets `section.key`."""
     section, dot, rest = key.partition(".")
     if not dot:
-        raise UserError(f"run '{name}': '{key}' is no dotted setting such as adapter.rank, nor config or command")
+        raise UserError(
+            f"run '{name}': '{key}' is no dotted setting such as adapter.rank, nor config, command or prior"
+        )
     settings[section] = dict(settings.get(section) or {}) | {rest: value}
 
 
-def draw_clips(folder: Path) -> None:
-    """The concept's clips and the held-out ones, where they are missing."""
+def draw_clips(folder: Path, jobs: Sequence[Job] = ()) -> None:
+    """The concept's clips and the held-out ones, where they are missing, and what else the jobs train on."""
     for name, split, count in (("clips", "concept", NUM_CLIPS), ("held_out", "concept_held_out", NUM_HELD_OUT)):
         if not (folder / name / "metadata.jsonl").is_file():
             write_clips(folder / name, split, count=count, seed=0)
+    for num_prior in sorted({job.prior for job in jobs} - {0}):
+        draw_mixed(folder, num_prior)
+
+
+def mixed_manifest(folder: Path, num_prior: int) -> Path:
+    """Where `draw_mixed` puts the concept's clips with so many of the base's world."""
+    return folder / f"with-{num_prior}-prior.jsonl"
+
+
+def draw_mixed(folder: Path, num_prior: int) -> None:
+    """Writes clips of the base's world, where they are missing, and the manifest of both kinds."""
+    if not (folder / "prior" / "metadata.jsonl").is_file():
+        write_clips(folder / "prior", "base", count=MOST_PRIOR, seed=1)
+    lines = []
+    for name, count in (("clips", NUM_CLIPS), ("prior", num_prior)):
+        rows = (folder / name / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+        parsed = [json.loads(row) for row in rows[:count]]
+        lines += [json.dumps(row | {"video": f"{name}/{row['video']}"}) for row in parsed]
+    mixed_manifest(folder, num_prior).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def result_path(folder: Path, job: Job) -> Path:
@@ -252,6 +283,13 @@ def _describe(result: dict[str, Any]) -> str:
     shares = ", ".join(f"{kind} right {100 * result[kind]['right']:.1f} %" for kind in ("concept", "base"))
     loss = f", evaluation loss {result['eval_loss']:.4f}" if "eval_loss" in result else ""
     return f"{shares}{loss}; {result.get('train_seconds', 0):.0f} s + {result['score_seconds']:.0f} s for scoring"
+
+
+def end_with_parent() -> None:
+    """Lets a pool's process, and the training it waits for, end when the command that made it is killed (Linux)."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # subprocess.run then ends its child
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def limit_threads(num_workers: int, num_cores: int) -> str:
