@@ -1,4 +1,4 @@
-"""The whole way from clips to a video on any computer: a LoRA that learns a new word, in about three minutes.
+"""The whole way from clips to a video on any computer: a LoRA that learns a new word, in a few minutes.
 
     make demo            (or: python scripts/demo.py)
 
