@@ -34,7 +34,7 @@ from cogtune.shapes.reconstruction import (
 )
 from cogtune.shapes.recorded_step import RecordedStep
 from cogtune.shapes.render import render
-from cogtune.shapes.spatial_norm import use_small_spatial_norms
+from cogtune.vae.spatial_norm import use_small_spatial_norms
 from cogtune.shapes.world import HEIGHT, NUM_FRAMES, WIDTH, sample_clip
 
 UNSEEN_SEED = 1_000_003  # of the clips that PSNR is measured on

@@ -11,7 +11,7 @@ from cogtune.shapes.frame_convolution import convolve_frames, use_frame_convolut
 from cogtune.shapes.imagery import sample_imagery
 from cogtune.shapes.pool import ClipPool
 from cogtune.shapes.reconstruction import halve_colour_resolution, measure_psnr, reconstruction_loss, to_pixels
-from cogtune.shapes.spatial_norm import use_small_spatial_norms
+from cogtune.vae.spatial_norm import use_small_spatial_norms
 
 
 def make_vae() -> AutoencoderKLCogVideoX:
