@@ -19,7 +19,9 @@ def check_float8_device(device: torch.device) -> None:
     """Raises `UserError` for a GPU without float8 products."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
-        raise UserError(f"float8 on {name}: needs a GPU of compute capability 8.9 or newer; use --quantize int8 or none")
+        raise UserError(
+            f"float8 on {name}: needs compute capability 8.9 or newer; use --quantize int8 or none"
+        )
 
 
 def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:

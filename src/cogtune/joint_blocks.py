@@ -8,6 +8,7 @@ values are those of the stock blocks up to rounding (`tests/unit/test_joint_bloc
 For inference only. Layers are called as modules, so adapters and float8 layers inside the blocks work.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,42 +16,23 @@ import torch
 import torch.nn.functional as F
 from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor, nn
+from torch.nn.attention import sdpa_kernel
 
+from cogtune.attention import Rotary, extend_rotary, fuse_projections, project, rotate
+from cogtune.attention_backends import SDPA_BACKENDS, Backend
 from cogtune.step_cache import StepCache
 
-RotaryTables = tuple[Tensor, Tensor]
 
-
-def make_joint_tables(rotary: tuple[Tensor, Tensor] | None, text_length: int) -> RotaryTables | None:
-    """Cosines and signed sines [N, 1, D], float32, for text and video tokens: text isn't rotated.
-
-    `rotate` pairs neighbours (a, b) -> (a cos - b sin, b cos + a sin); the minus sits in the table.
-    """
-    if rotary is None:
-        return None
-    cos, sin = (table.float() for table in rotary)
-    signs = torch.tensor([-1.0, 1.0], device=sin.device).repeat(sin.shape[-1] // 2)
-    text = torch.ones(text_length, cos.shape[-1], device=cos.device)
-    return torch.cat([text, cos])[:, None], torch.cat([torch.zeros_like(text), sin * signs])[:, None]
-
-
-def rotate(values: Tensor, tables: RotaryTables) -> Tensor:
-    """Rotary positions on [B, N, H, D]."""
-    cos, sin = tables
-    swapped = values.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return (values.float() * cos + swapped.float() * sin).to(values.dtype)
-
-
-def attend(attention: Any, joint: Tensor, tables: RotaryTables | None) -> Tensor:
-    """Self-attention over the joined sequence [B, N, C]."""
-    query, key, value = (
-        layer(joint).unflatten(-1, (attention.heads, -1)) for layer in (attention.to_q, attention.to_k, attention.to_v)
-    )
+def attend(attention: Any, joint: Tensor, rotary: Rotary | None, backend: Backend) -> Tensor:
+    """Self-attention over the joined sequence [B, N, C]; `rotary` has all its tokens."""
+    query, key, value = (part.unflatten(-1, (attention.heads, -1)) for part in project(attention, joint))
     if attention.norm_q is not None:
         query, key = attention.norm_q(query), attention.norm_k(key)
-    if tables is not None:
-        query, key = rotate(query, tables), rotate(key, tables)
-    output = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (query, key, value)))
+    if rotary is not None:
+        query, key = rotate(query, rotary), rotate(key, rotary)
+    backends = SDPA_BACKENDS[backend]
+    with sdpa_kernel(backends) if backends else contextlib.nullcontext():
+        output = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (query, key, value)))
     return attention.to_out[0](output.transpose(1, 2).flatten(2))
 
 
@@ -65,7 +47,9 @@ def _feed_forward(layers: Any, joint: Tensor) -> Tensor:
     return last(activation(joint))
 
 
-def run_block(block: Any, joint: Tensor, temb: Tensor, tables: RotaryTables | None, text_length: int) -> Tensor:
+def run_block(
+    block: Any, joint: Tensor, temb: Tensor, rotary: Rotary | None, text_length: int, backend: Backend = "default"
+) -> Tensor:
     """One stock block on the joined sequence [B, N, C]: text tokens first."""
     is_text = (torch.arange(joint.shape[1], device=joint.device) < text_length)[None, :, None]
     for norm, layers in ((block.norm1, None), (block.norm2, block.ff)):
@@ -75,7 +59,7 @@ def run_block(block: Any, joint: Tensor, temb: Tensor, tables: RotaryTables | No
             for video, text in zip(*(half.chunk(3, -1) for half in modulation.chunk(2, -1)), strict=True)
         )
         modulated = norm.norm(joint) * (1 + scale) + shift
-        change = attend(block.attn1, modulated, tables) if layers is None else _feed_forward(layers, modulated)
+        change = attend(block.attn1, modulated, rotary, backend) if layers is None else _feed_forward(layers, modulated)
         joint = joint + gate * change
     return joint
 
@@ -83,21 +67,22 @@ def run_block(block: Any, joint: Tensor, temb: Tensor, tables: RotaryTables | No
 class JointBlocks(nn.Module):
     """All blocks of a transformer behind the interface of one stock block."""
 
-    def __init__(self, blocks: nn.ModuleList, *, compiled: bool, cache: StepCache | None) -> None:
+    def __init__(self, blocks: nn.ModuleList, *, compiled: bool, cache: StepCache | None, backend: Backend) -> None:
         super().__init__()
         self.blocks = blocks
         self.cache = cache
+        self.backend: Backend = backend
         self._run: Callable[..., Tensor] = (
             torch.compile(run_block, fullgraph=True, dynamic=False) if compiled else run_block
         )
-        self._tables: tuple[Any, RotaryTables | None] | None = None
+        self._rotary: tuple[Any, Rotary | None] | None = None
 
     def forward(
         self,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         temb: Tensor,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        image_rotary_emb: Rotary | None = None,
         attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Video tokens [B, V, C] and text tokens [B, T, C] after all blocks."""
@@ -105,25 +90,48 @@ class JointBlocks(nn.Module):
             raise ValueError(f"attention_kwargs {sorted(attention_kwargs)} have no effect here; merge adapters instead")
         text_length = encoder_hidden_states.shape[1]
         joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        tables = self._find_tables(image_rotary_emb, text_length)
+        rotary = self._extend(image_rotary_emb, text_length)
 
-        def run(first: int, last: int, values: Tensor, embedding: Tensor) -> Tensor:
+        def run(first: int, last: int | None, values: Tensor, embedding: Tensor) -> Tensor:
             for block in self.blocks[first:last]:
-                values = self._run(block, values, embedding, tables, text_length)
+                values = self._run(block, values, embedding, rotary, text_length, self.backend)
             return values
 
-        joint = run(0, len(self.blocks), joint, temb) if self.cache is None else self.cache.run(run, joint, temb)
+        joint = run(0, None, joint, temb) if self.cache is None else self.cache.run(run, joint, temb)
         return joint[:, text_length:], joint[:, :text_length]
 
-    def _find_tables(self, rotary: tuple[Tensor, Tensor] | None, text_length: int) -> RotaryTables | None:
-        """The same for all steps of a video: made once."""
-        if self._tables is None or self._tables[0] is not rotary:
-            self._tables = (rotary, make_joint_tables(rotary, text_length))
-        return self._tables[1]
+    def _extend(self, rotary: Rotary | None, text_length: int) -> Rotary | None:
+        """The tables are the same for all steps of a video: extended once."""
+        if self._rotary is None or self._rotary[0] is not rotary:
+            self._rotary = (rotary, None if rotary is None else extend_rotary(rotary, text_length))
+        return self._rotary[1]
 
 
-def join_blocks(transformer: CogVideoXTransformer3DModel, *, compiled: bool, cache: StepCache | None = None) -> None:
-    """Lets a transformer run its blocks this way, in place; adapters must be loaded or merged before."""
-    transformer.transformer_blocks = nn.ModuleList(
-        [JointBlocks(transformer.transformer_blocks, compiled=compiled, cache=cache)]
-    )
+def join_blocks(
+    transformer: CogVideoXTransformer3DModel,
+    *,
+    compiled: bool,
+    cache: StepCache | None = None,
+    backend: Backend = "default",
+) -> JointBlocks:
+    """Lets a transformer on its final device run its blocks this way, in place; adapters come before."""
+    for block in transformer.transformer_blocks:
+        # Offloading moves the weights one by one, and the views of a whole would become copies.
+        if not hasattr(transformer, "_hf_hook") and type(block.attn1.to_q) is nn.Linear:  # pyright: ignore[reportAttributeAccessIssue]
+            fuse_projections(block.attn1)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+    joint = JointBlocks(transformer.transformer_blocks, compiled=compiled, cache=cache, backend=backend)
+    transformer.transformer_blocks = nn.ModuleList([joint])
+    return joint
+
+
+def part_blocks(transformer: CogVideoXTransformer3DModel) -> None:
+    """Undoes `join_blocks`."""
+    (joint,) = transformer.transformer_blocks
+    assert isinstance(joint, JointBlocks)
+    transformer.transformer_blocks = joint.blocks
+
+
+def find_step_cache(transformer: torch.nn.Module) -> StepCache | None:
+    """The step cache that a transformer runs with, if any."""
+    blocks: Any = getattr(transformer, "transformer_blocks", ())
+    return blocks[0].cache if len(blocks) == 1 and isinstance(blocks[0], JointBlocks) else None

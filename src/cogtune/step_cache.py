@@ -1,4 +1,4 @@
-"""Skips work that changes little from one sampling step to the next. Every way of it changes the video; none is a default.
+"""Skips work that changes little from one sampling step to the next. Each way changes the video; none is on unasked.
 
 first-block   The first block always runs. Where it changes the tokens nearly as at the last step that ran in full, the
               change that all other blocks made there is added instead of running them.
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 CacheName = Literal["none", "first-block", "guidance", "both"]
-RunBlocks = Callable[[int, int, Tensor, Tensor], Tensor]
+RunBlocks = Callable[[int, int | None, Tensor, Tensor], Tensor]
+"""Blocks first .. last - 1 (None: to the end) on tokens [B, N, C] with the timestep's embedding [B, E]."""
 StepKind = Literal["full", "one half", "first block", "first block of one half"]
 
 
@@ -27,6 +28,8 @@ class CacheSettings:
 
     threshold: float | None = None
     """Largest relative change of the first block's effect with which the others are skipped; None: never."""
+    max_skipped: int = 3
+    """Steps in a row that may skip the other blocks."""
     guidance_interval: int = 1
     """Steps from one run of the half without the prompt to the next."""
     num_first_steps: int = 4
@@ -34,12 +37,15 @@ class CacheSettings:
     num_last_steps: int = 2
 
 
-def make_settings(name: CacheName, *, threshold: float, guidance_interval: int) -> CacheSettings | None:
+def make_settings(
+    name: CacheName, *, threshold: float, guidance_interval: int, max_skipped: int = 3
+) -> CacheSettings | None:
     """The settings of a named way; None where nothing is skipped."""
     if name == "none":
         return None
     return CacheSettings(
         threshold=threshold if name in ("first-block", "both") else None,
+        max_skipped=max_skipped,
         guidance_interval=guidance_interval if name in ("guidance", "both") else 1,
     )
 
@@ -70,7 +76,7 @@ class StepCache:
         return f"{len(self.kinds)} steps: " + ", ".join(f"{count} {kind}" for kind, count in counts.items())
 
     def run(self, run: RunBlocks, joint: Tensor, temb: Tensor) -> Tensor:
-        """One step's blocks; `run(first, last, tokens, temb)` runs blocks first .. last - 1, where None means all."""
+        """One step's blocks."""
         step = len(self.kinds)
         if not 0 <= step < self._num_steps:
             raise RuntimeError(f"step {step} of {self._num_steps}: `start` was not called for this video")
@@ -85,7 +91,7 @@ class StepCache:
             assert self._tail is not None
             output = head + self._tail[-len(head) :]
         else:
-            output = run(1, 1 << 30, head, temb)
+            output = run(1, None, head, temb)
             if self.settings.threshold is not None:
                 self._head, self._tail = change, output - head
         self.kinds.append(_name(skipped=skipped, halved=halved))
@@ -103,6 +109,9 @@ class StepCache:
 
     def _may_skip(self, change: Tensor) -> bool:
         if self.settings.threshold is None or self._head is None or len(self._head) < len(change):
+            return False
+        recent = self.kinds[-self.settings.max_skipped :]
+        if len(recent) == self.settings.max_skipped and all("first block" in kind for kind in recent):
             return False
         before = self._head[-len(change) :]
         difference = (change - before).abs().mean(dtype=torch.float32) / before.abs().mean(dtype=torch.float32)

@@ -41,7 +41,7 @@ def repeat_pixels(values: Tensor, times: int) -> Tensor:
 
 
 def repeat_frames(values: Tensor, num_frames: int) -> Tensor:
-    """Nearest-neighbour enlarging in time; an odd number of frames, as at a clip's start, keeps its first one single."""
+    """Nearest-neighbour enlarging in time; an odd number of frames, as a clip's first, keeps one single."""
     if values.shape[2] == num_frames:
         return values
     single = num_frames % 2
@@ -50,7 +50,9 @@ def repeat_frames(values: Tensor, num_frames: int) -> Tensor:
     return torch.cat([values[:, :, :single], rest], dim=2) if single else rest
 
 
-def activate(values: Tensor, norm: nn.GroupNorm, modulation: tuple[Tensor, Tensor] | None, kept: Tensor | None) -> Tensor:
+def activate(
+    values: Tensor, norm: nn.GroupNorm, modulation: tuple[Tensor, Tensor] | None, kept: Tensor | None
+) -> Tensor:
     """SiLU of the normalised values with the two frames kept from before in front, for a causal convolution.
 
     `modulation` has the factor and summand of the decoder's spatial norm at the latents' height and width. Without
