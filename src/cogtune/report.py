@@ -51,13 +51,19 @@ def write_report(folder: Path, config: RunConfig, train: Sequence[Entry], valida
             for entry in entries[:_MAX_ROWS]
         ],
         num_hidden=max(0, len(train) - _MAX_ROWS) + max(0, len(validation) - _MAX_ROWS),
-        config=yaml.safe_dump(config.to_plain(), sort_keys=False),
+        config=_read_config(folder, config),
     )
     path = folder / "report.html"
     temporary = folder / ".report.partial"
     temporary.write_text(page, encoding="utf-8")
     temporary.replace(path)
     return path
+
+
+def _read_config(folder: Path, config: RunConfig) -> str:
+    """The run's own file, which says what `auto` came to."""
+    path = folder / "config.yaml"
+    return path.read_text(encoding="utf-8") if path.is_file() else yaml.safe_dump(config.to_plain(), sort_keys=False)
 
 
 def _version() -> str:

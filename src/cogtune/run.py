@@ -15,6 +15,8 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
+from cogtune.attention import install_attention
+from cogtune.attention_backends import Backend, BackendTiming, activate, choose_backend, measure_backends
 from cogtune.checkpoint import Checkpoint, CheckpointFolder, find_differences, read_checkpoint
 from cogtune.config import RunConfig
 from cogtune.dataset import Batch, PositionSampler, TrainingSet, make_loader
@@ -44,6 +46,7 @@ _FREE_SETTINGS = frozenset(
         "memory",
         "model.device",
         "train.compile",
+        "train.attention",
         "train.batch_size",
         "train.gradient_accumulation_steps",  # their product with the processes is compared instead
         "data.manifest",
@@ -172,6 +175,7 @@ class Run:
         torch.backends.cuda.matmul.allow_tf32 = config.memory.allow_tf32
         set_seed(config.train.seed)
         transformer = trained.transformer.to(accelerator.device)
+        self._choose_attention(transformer)
         configure_blocks(
             transformer, plan.memory.activations, compiled=plan.compiled, has_dropout=config.adapter.dropout > 0
         )
@@ -234,6 +238,30 @@ class Run:
             if finished:
                 validate(trainer.step)
         return finished
+
+    def _choose_attention(self, transformer: Any) -> None:
+        """Measures the attention kernels for this run's shape, takes one, and says which in config.yaml."""
+        plan, config, device = self.plan, self.config, self.accelerator.device
+        timings: dict[Backend, BackendTiming] = {}
+        if device.type == "cuda":
+            timings = measure_backends(
+                batch_size=config.train.batch_size,
+                num_heads=plan.facts.num_heads,
+                tokens=plan.tokens,
+                head_dim=plan.facts.head_dim,
+                dtype=plan.dtype,
+                device=device,
+            )
+        backend = choose_backend(config.train.attention, timings)
+        activate(backend)
+        install_attention(transformer, backend)
+        measured = ", ".join(f"{name} {1e3 * timing.total:.1f} ms" for name, timing in timings.items())
+        self.accelerator.print(f"attention   {backend}" + (f" (a layer's step: {measured})" if measured else ""))
+        if self.accelerator.is_main_process:
+            how = "each block compiled" if plan.compiled else "not compiled"
+            line = f"# Ran with: attention {backend}, activations {plan.memory.activations}, {how}\n"
+            path = self.folder / "config.yaml"
+            path.write_text(line + path.read_text(encoding="utf-8"), encoding="utf-8")
 
     def finish(self, trained: Trained) -> None:
         """Writes `final/` and the report on the main process."""

@@ -52,7 +52,7 @@ class Trained(Protocol):
 
 
 @dataclass
-class _Recent:
+class Recent:
     """Samples since the last logging step, in case one of them turns out to be bad."""
 
     samples: list[tuple[int, torch.Tensor, Batch]] = field(default_factory=list)
@@ -115,16 +115,16 @@ class Trainer:
             ) as progress,
         ):
             batches = iter(self._make_loader(self.step))
-            recent = _Recent()
+            recent = Recent()
             self._model.train()
             while self.step < train.max_steps:
-                grad_norm = self._run_step(batches, recent)
+                grad_norm = self.run_step(batches, recent)
                 self.step += 1
                 progress.advance()
                 is_last = self.step == train.max_steps
                 if self.step % self._config.tracking.log_every_steps == 0 or is_last or self.step == 1:
                     progress.show(self._write_row(recent, grad_norm))
-                    recent = _Recent()
+                    recent = Recent()
                 stop, save = self._agree(is_last)
                 validate = every is not None and self.step % every == 0 and not is_last and not stop
                 if save or stop or is_last or validate:
@@ -139,7 +139,7 @@ class Trainer:
                     return False
         return True
 
-    def _run_step(self, batches: Iterator[Batch], recent: _Recent) -> torch.Tensor:
+    def run_step(self, batches: Iterator[Batch], recent: Recent) -> torch.Tensor:
         """One optimizer step over all micro-batches; returns the gradient norm on the device."""
         train, accelerator = self._config.train, self._accelerator
         rate = learning_rate_at(self.step, train.max_steps, self._config.optimizer.learning_rate, self._config.schedule)
@@ -168,7 +168,7 @@ class Trainer:
             self._ema.update(self.step + 1)
         return grad_norm
 
-    def _write_row(self, recent: _Recent, grad_norm: torch.Tensor) -> dict[str, Any]:
+    def _write_row(self, recent: Recent, grad_norm: torch.Tensor) -> dict[str, Any]:
         """Waits for the device, checks what happened since the last row, and logs it."""
         self._check_finite(recent)
         losses = torch.cat([losses for _, losses, _ in recent.samples]).mean()
@@ -190,7 +190,7 @@ class Trainer:
         self._log.write(row)
         return row
 
-    def _check_finite(self, recent: _Recent) -> None:
+    def _check_finite(self, recent: Recent) -> None:
         """Raises `UserError` naming the samples where loss or gradients were not finite; weights are the last good."""
         if not self._guard.has_failed():
             return

@@ -149,7 +149,7 @@ def test_no_step_waits_for_the_device(
     make_job: Callable[..., Path], run_command: Any, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With CUDA's synchronisation check set to raise inside every step, training goes through."""
-    run_step = Trainer._run_step
+    run_step = Trainer.run_step
     steps = []
 
     def watched(self: Trainer, *args: Any) -> Any:
@@ -161,7 +161,7 @@ def test_no_step_waits_for_the_device(
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(Trainer, "_run_step", watched)
+    monkeypatch.setattr(Trainer, "run_step", watched)
     settings = {"enabled": False}
     outcome = run_command("train/lora.py", "--config", make_job(tiny_folder, validation=settings))
     assert outcome.code == 0, outcome.err

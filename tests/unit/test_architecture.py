@@ -22,7 +22,7 @@ GROUND = {
     "errors", "config", "cli", "models", "diffusion", "draws", "manifest", "video", "cache", "dataset", "decode_worker",
 }  # fmt: skip
 LOOP = {"trainer"}
-RUN = {"run"}
+RUN = {"run", "benchmark"}
 
 
 @cache
