@@ -85,14 +85,16 @@ def write_random_pipeline(
         raise UserError(f"{folder}: exists and is not empty; choose another folder")
     transformer_config, vae_config, snr_shift = ARCHITECTURES[model]
     torch.manual_seed(seed)
-    tokenizer = _make_tokenizer(vocabulary=512 if model.startswith("tiny") else 4096)
+    tokenizer = make_tokenizer(vocabulary=512 if model.startswith("tiny") else 4096)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with device or torch.device("cpu"):
             transformer = CogVideoXTransformer3DModel(**transformer_config)
             vae = AutoencoderKLCogVideoX(**vae_config)
-            encoder = T5EncoderModel(_text_config(transformer_config["text_embed_dim"], len(tokenizer), text_encoder))
+            encoder = T5EncoderModel(
+                make_text_config(transformer_config["text_embed_dim"], len(tokenizer), text_encoder)
+            )
     finally:
         torch.set_default_dtype(default)
     _make_lively(transformer)
@@ -155,7 +157,8 @@ def _make_lively(transformer: ModelMixin) -> None:
                 parameter.add_(0.02 * torch.randn_like(parameter))
 
 
-def _text_config(width: int, vocabulary: int, size: Literal["small", "full"]) -> T5Config:
+def make_text_config(width: int, vocabulary: int, size: Literal["small", "full"]) -> T5Config:
+    """A T5 encoder of T5-XXL's size, or one small layer of the right width."""
     if size == "full":
         return T5Config(
             vocab_size=32128,
@@ -179,7 +182,7 @@ def _text_config(width: int, vocabulary: int, size: Literal["small", "full"]) ->
     )
 
 
-def _make_tokenizer(vocabulary: int) -> T5Tokenizer:
+def make_tokenizer(vocabulary: int) -> T5Tokenizer:
     """A T5 tokenizer of English, learned from the Python documentation that every interpreter carries."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 

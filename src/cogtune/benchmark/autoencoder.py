@@ -1,13 +1,13 @@
 """Times ways of running the autoencoder on one clip, each against the stock one's result.
 
-    stock           diffusers, whole frames
-    tiled           diffusers, by tiles (another result, by design)
-    small-norms     diffusers, the decoder's 1x1 convolutions before the enlarging
-    channels-last   diffusers' code, weights and input in channels-last memory
-    coder           `FrameCoder`, its fused kernels where the device has them
-    untuned         the same without trying convolution algorithms
-    compiled        `FrameCoder`, norm and activation compiled
-    whole           `FrameCoder`, everything compiled (minutes of compiling)
+stock           diffusers, whole frames
+tiled           diffusers, by tiles (another result, by design)
+small-norms     diffusers, the decoder's 1x1 convolutions before the enlarging
+channels-last   diffusers' code, weights and input in channels-last memory
+coder           `FrameCoder`, its fused kernels where the device has them
+untuned         the same without trying convolution algorithms
+compiled        `FrameCoder`, norm and activation compiled
+whole           `FrameCoder`, everything compiled (minutes of compiling)
 """
 
 import copy
