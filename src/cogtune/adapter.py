@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from cogtune.config import AdapterSettings
 from cogtune.errors import UserError, nearest
-from cogtune.low_rank import adapted_linear
+from cogtune.frozen import apply_updated, is_frozen
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 ADAPTER_NAME = "default"
@@ -54,9 +54,8 @@ class LoraLinear(PeftLinear):
         base = self.base_layer
         if update is None:
             return super().forward(x, *args, **kwargs)
-        assert isinstance(base, torch.nn.Linear)
-        if not has_dropout(self) and not base.weight.requires_grad and base.weight.dtype == x.dtype:
-            return adapted_linear(x, base.weight, base.bias, *update)
+        if not has_dropout(self) and is_frozen(base):
+            return apply_updated(base, x, update)
         dropped = self.lora_dropout[self.active_adapters[0]](x)
         return base(x) + F.linear(F.linear(dropped, update[0]), update[1])
 

@@ -19,7 +19,8 @@ from torch.nn.attention import sdpa_kernel
 
 from cogtune.adapter import has_dropout, plain_update
 from cogtune.attention_backends import SDPA_BACKENDS, Backend
-from cogtune.low_rank import adapted_linear, stack_updates
+from cogtune.frozen import FrozenLinear, apply_updated, is_frozen
+from cogtune.low_rank import stack_updates
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 
@@ -80,8 +81,8 @@ def rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
 def project(attn: Attention, x: torch.Tensor) -> list[torch.Tensor]:
     """q, k and v [B, S, D] of `x` [B, S, D]: in one product where `fuse_projections` has prepared the layer for it."""
     layers = [attn.to_q, attn.to_k, attn.to_v]
-    weight = getattr(attn, "qkv_weight", None)
-    if weight is None or x.dtype != weight.dtype:
+    fused: Any = getattr(attn, "qkv", None)
+    if fused is None:
         return [layer(x) for layer in layers]
     updates: list[tuple[torch.Tensor, torch.Tensor] | None] = []
     for layer in layers:
@@ -89,14 +90,12 @@ def project(attn: Attention, x: torch.Tensor) -> list[torch.Tensor]:
         updates.append(plain_update(layer, x.dtype) if adapted else None)
         if adapted and (updates[-1] is None or has_dropout(layer)):
             return [layer(x) for layer in layers]
-    assert isinstance(weight, torch.Tensor)
-    bias: Any = attn.qkv_bias
-    sizes = [weight.shape[0] // 3] * 3
+    size = len(fused.weight) // 3
     if any(update is not None for update in updates):
-        y = adapted_linear(x, weight, bias, *stack_updates(updates, sizes))
+        y = apply_updated(fused, x, stack_updates(updates, [size] * 3))
     else:
-        y = torch.nn.functional.linear(x, weight, bias)
-    return list(y.split(sizes, dim=-1))
+        y = fused(x)
+    return list(y.split(size, dim=-1))
 
 
 def install_attention(transformer: CogVideoXTransformer3DModel, backend: Backend) -> None:
@@ -116,16 +115,16 @@ def fuse_projections(attn: Attention) -> None:
         layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
         for layer in (attn.to_q, attn.to_k, attn.to_v)
     ]
-    if any(p.requires_grad or p.is_meta for layer in layers for p in layer.parameters()):
+    if not all(type(layer) is torch.nn.Linear and is_frozen(layer) for layer in layers):
         return
     if len({layer.weight.shape for layer in layers}) > 1 or len({layer.bias is None for layer in layers}) > 1:
         return
-    for name in ("weight", "bias"):
-        parts: list[Any] = [getattr(layer, name) for layer in layers]
-        if parts[0] is None:
-            attn.register_buffer(f"qkv_{name}", None)
-            continue
-        whole = torch.cat([part.data for part in parts])
-        attn.register_buffer(f"qkv_{name}", whole, persistent=False)
-        for part, view in zip(parts, whole.split(len(whole) // 3), strict=True):
-            part.data = view
+    weight = torch.cat([layer.weight.data for layer in layers])
+    bias = None if layers[0].bias is None else torch.cat([layer.bias.data for layer in layers])
+    attn.qkv = FrozenLinear(weight, bias)
+    size = len(weight) // 3
+    for number, layer in enumerate(layers):
+        own = slice(number * size, (number + 1) * size)
+        layer.weight.data = weight[own]
+        if bias is not None:
+            layer.bias.data = bias[own]

@@ -1,6 +1,6 @@
 """How far each way to run a step is from the plain float32 model: loss and adapter gradients on one batch.
 
-Two layers at full width and a short clip; the float32 reference has the very weights of the low precision.
+Two layers at full width; the float32 reference has the very weights of the low precision.
 """
 
 import gc
@@ -19,12 +19,12 @@ from cogtune.models import ModelFacts
 from cogtune.random_pipeline import make_architecture_facts, make_random_transformer
 
 _LAYERS = {"num_layers": 2}
-_FRAMES, _SCALE = 17, 2  # of the model's size
 
 
 def check_variants(
     variants: list[Variant],
     model: str,
+    size: tuple[int, int, int],
     *,
     rank: int,
     device: torch.device,
@@ -32,20 +32,22 @@ def check_variants(
     failures: tuple[type[Exception], ...],
 ) -> dict[str, Any]:
     """Relative errors by variant; "eager" is the plain model in the low precision, which has its own."""
-    allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
-    reference = _loss_and_gradients(
-        parse_variant("keep_all+eager+stock_attention"), model, rank, device, dtype, torch.float32
-    )
-    results: dict[str, Any] = {}
     plain = parse_variant("keep_all+eager+stock_attention")
+
+    def measure(variant: Variant, computed: torch.dtype) -> tuple[float, torch.Tensor]:
+        return _loss_and_gradients(variant, model, size, rank, device, (dtype, computed))
+
+    allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+    reference = measure(plain, torch.float32)
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    results: dict[str, Any] = {}
     for variant in [plain, *(v for v in variants if not v.is_baseline)]:
         try:
-            results[variant.name] = _compare(_loss_and_gradients(variant, model, rank, device, dtype, dtype), reference)
+            results[variant.name] = _compare(measure(variant, dtype), reference)
         except failures as error:
             results[variant.name] = {"error": f"{type(error).__name__}: {error}"}
         torch._dynamo.reset()
         gc.collect()
-    torch.backends.cuda.matmul.allow_tf32 = allowed
     return results
 
 
@@ -58,19 +60,22 @@ def _compare(found: tuple[float, torch.Tensor], reference: tuple[float, torch.Te
 
 
 def _loss_and_gradients(
-    variant: Variant, model: str, rank: int, device: torch.device, dtype: torch.dtype, computed: torch.dtype
+    variant: Variant,
+    model: str,
+    size: tuple[int, int, int],
+    rank: int,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, torch.dtype],
 ) -> tuple[float, torch.Tensor]:
-    """Of weights made in `dtype` and computed with in `computed`; gradients in one float64 vector."""
+    """Of weights made in the first type and computed with in the second; gradients in one float64 vector."""
+    dtype, computed = dtypes
     facts = make_architecture_facts(model, **_LAYERS)
     transformer = make_random_transformer(model, seed=0, device=device, dtype=dtype, **_LAYERS)
     transformer.to(computed).train()  # pyright: ignore[reportArgumentType]
-    grain = facts.spatial_factor * facts.patch_size
-    height, width = (size // _SCALE // grain * grain for size in (facts.height, facts.width))
-    frames = min(_FRAMES, facts.num_frames)
     timings = measure_backends(
         batch_size=1,
         num_heads=facts.num_heads,
-        tokens=facts.num_tokens(frames, height, width),
+        tokens=facts.num_tokens(*size),
         head_dim=facts.head_dim,
         dtype=computed,
         device=device,
@@ -78,14 +83,14 @@ def _loss_and_gradients(
     prepare_transformer(transformer, variant, AdapterSettings(rank=rank), choose_backend("auto", timings))
     denoiser = Denoiser(
         facts,
-        num_latent_frames=facts.latent_shape(frames, height, width)[0],
-        height=height,
-        width=width,
+        num_latent_frames=facts.latent_shape(*size)[0],
+        height=size[1],
+        width=size[2],
         device=device,
         dtype=computed,
         min_snr_gamma=None,
     )
-    loss = denoiser.losses(transformer, _make_batch(facts, (frames, height, width), device)).mean()
+    loss = denoiser.losses(transformer, _make_batch(facts, size, device)).mean()
     scale = 2.0**10 if computed == torch.float16 else 1.0
     parameters = list(adapter_parameters(transformer).values())
     gradients = torch.autograd.grad(loss * scale, parameters)

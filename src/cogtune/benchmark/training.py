@@ -80,7 +80,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     keep("ceilings", describe_ceilings(bench.ceilings))
     if arguments.check:
         results["check"] = check_variants(
-            variants, arguments.model, rank=arguments.rank, device=bench.device, dtype=bench.dtype, failures=FAILURES
+            variants,
+            arguments.model,
+            bench.size,
+            rank=arguments.rank,
+            device=bench.device,
+            dtype=bench.dtype,
+            failures=FAILURES,
         )
         keep("check", describe_check(results["check"]))
     for variant in variants:
@@ -152,7 +158,10 @@ class TrainingBench:
             trainer = self._make_trainer(transformer, variant, Path(folder))
             batches = iter(self._make_loader(Path(folder)))
             result |= self._time_steps(trainer, batches, started)
-            result["profile"] = profile_steps(lambda: self._step(trainer, batches), _PROFILED_STEPS, self.device)
+            try:
+                result["profile"] = profile_steps(lambda: self._step(trainer, batches), _PROFILED_STEPS, self.device)
+            except FAILURES as error:  # the times stand without it
+                result["profile"] = {"parts_ms": {}, "kernels": [], "error": f"{type(error).__name__}: {error}"}
         result |= self._count_flops(variant, result["step_seconds"])
         memory = predict(
             self.facts,

@@ -1,7 +1,7 @@
 """Ways to run a LoRA step, by name, and a random transformer set up for one of them.
 
 A name is a rung of `cogtune.execution` and what differs from the default, joined by +: `keep_attention`,
-`keep_products+stock_attention`, `recompute+eager`. `diffusers` is what its own training example does: stock LoRA
+`keep_products+float8`, `recompute+stock_attention+eager`. `diffusers` is what its own training example does: stock LoRA
 layers under autocast, stock attention, no compiler, whole blocks recomputed.
 """
 
@@ -18,9 +18,10 @@ from cogtune.attention_backends import Backend, activate
 from cogtune.config import AdapterSettings
 from cogtune.errors import UserError
 from cogtune.execution import Activations, configure_blocks
+from cogtune.frozen import quantize_base
 
 BASELINE = "diffusers"
-_FLAGS = ("stock_attention", "eager")
+_FLAGS = ("float8", "stock_attention", "eager")
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ def prepare_transformer(
     if "stock_attention" not in variant.flags:
         activate(backend)
         install_attention(transformer, backend)
+    if "float8" in variant.flags:
+        quantize_base(transformer)
     configure_blocks(transformer, variant.activations, compiled=variant.compiled, has_dropout=False)
 
 
