@@ -52,7 +52,7 @@ def encode_overlapped(batches: Iterator[Batch], encode: Encode, write: Write, de
     spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
     written: list[Future[None]] = []
     num_items, started = 0, 0.0
-    with _Producer(batches) as producer, ThreadPoolExecutor(max_workers=1) as writer:
+    with Producer(batches, prepare=Tensor.pin_memory) as producer, ThreadPoolExecutor(max_workers=1) as writer:
         for keys, pinned in producer:
             started = started or time.perf_counter()
             with torch.cuda.stream(copying_in):
@@ -105,16 +105,16 @@ def _encode_in_turn(batches: Iterator[Batch], encode: Encode, write: Write) -> E
     return EncodingTimes(num_items, busy, time.perf_counter() - started if started else 0.0)
 
 
-class _Producer:
-    """Runs an iterator in a thread, `_AHEAD` batches ahead, into page-locked memory; a context manager."""
+class Producer:
+    """Runs an iterator in a thread, `_AHEAD` batches ahead, and prepares each tensor there; a context manager."""
 
-    def __init__(self, batches: Iterator[Batch]) -> None:
-        self._batches = batches
+    def __init__(self, batches: Iterator[Batch], *, prepare: Callable[[Tensor], Tensor]) -> None:
+        self._batches, self._prepare = batches, prepare
         self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=_AHEAD)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._produce, name="batches", daemon=True)
 
-    def __enter__(self) -> "_Producer":
+    def __enter__(self) -> "Producer":
         self._thread.start()
         return self
 
@@ -135,7 +135,7 @@ class _Producer:
     def _produce(self) -> None:
         try:
             for keys, tensor in self._batches:
-                if not self._put((keys, tensor.pin_memory())):
+                if not self._put((keys, self._prepare(tensor))):
                     return
             self._put(None)
         except BaseException as error:  # noqa: BLE001  # raised again in the consumer's thread

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cogtune.benchmark.clock import attempt, time_work
 from cogtune.random_pipeline import ARCHITECTURES
-from cogtune.vae.frame_coder import FrameCoder
+from cogtune.vae.frame_coder import FrameCoder, Fused
 from cogtune.vae.spatial_norm import use_small_spatial_norms
 
 WAYS = ("stock", "tiled", "small-norms", "channels-last", "coder", "untuned", "compiled", "whole")
@@ -44,11 +44,8 @@ def prepare_way(vae: AutoencoderKLCogVideoX, way: str) -> tuple[Code, Code]:
     """Functions that encode pixels to moments and decode latents this way, on a copy of the weights."""
     vae = copy.deepcopy(vae)
     if way in ("coder", "untuned", "compiled", "whole"):
-        coder = FrameCoder(
-            vae,
-            compiled="activations" if way == "compiled" else "everything" if way == "whole" else "nothing",
-            tune_convolutions=way != "untuned",
-        )
+        fused: dict[str, Fused] = {"compiled": "compiled", "whole": "everything compiled"}
+        coder = FrameCoder(vae, fused=fused.get(way), tune_convolutions=way != "untuned")
         return coder.encode, coder.decode
     if way == "tiled":
         vae.enable_tiling()

@@ -90,6 +90,8 @@ def parse_variant(name: str) -> Variant:
     cache: dict[str, Any] = {}
     for flag in flags:
         kind, *numbers = flag.split(":")
+        if kind not in ("eager", "float8", "first-block", "guidance", *get_args(Backend)):
+            raise UserError(f"--variants {name}: {flag} is no flag; see --help")
         try:
             if kind == "first-block":
                 cache |= {"threshold": float(numbers[0]), "max_skipped": int(numbers[1])}
@@ -97,8 +99,6 @@ def parse_variant(name: str) -> Variant:
                 cache["guidance_interval"] = int(numbers[0])
             elif kind in get_args(Backend):
                 values["backend"] = kind
-            elif kind not in ("eager", "float8"):
-                raise UserError(f"--variants {name}: {flag} is no flag; see --help")
         except (ValueError, IndexError):
             raise UserError(f"--variants {name}: {flag} needs numbers: first-block:0.1:3, guidance:2") from None
     return Variant(name, blocks, cache=CacheSettings(**cache) if cache else None, **values)

@@ -238,7 +238,7 @@ def describe(results: dict[str, Any]) -> str:
             lines.append(f"{part}: {row['error'][:200]}")
             continue
         lines.append(
-            f"{part}: {row['num_items']} in {row['wall_seconds']:.1f} s ({row['items_per_second']:.2f}/s; with start-up "
-            f"{row['total_seconds']:.1f} s), device busy {100 * row['busy_share']:.1f} %"
+            f"{part}: {row['num_items']} in {row['wall_seconds']:.1f} s ({row['items_per_second']:.2f}/s), "
+            f"{row['total_seconds']:.1f} s with start-up; device busy {100 * row['busy_share']:.1f} %"
         )
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """Encodes and decodes whole videos with a stock autoencoder's weights, faster: `layers.py` in channels-last memory.
 
-    coder = FrameCoder(vae, compiled="activations")
+    coder = FrameCoder(vae)
     moments = coder.encode(pixels)   # [B, 3, F, H, W] -> [B, 2 C, F', H', W']
     pixels = coder.decode(latents)   # [B, C, F', H', W'] -> [B, 3, F, H, W]
 
@@ -14,9 +14,10 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor, nn
 
-from cogtune.vae.layers import Kept, activate, decode_group, encode_group
+from cogtune.vae import kernels
+from cogtune.vae.layers import PLAIN, Kept, Operations, add, decode_group, encode_group
 
-Compiled = Literal["nothing", "activations", "everything"]
+Fused = Literal["kernels", "compiled", "everything compiled", "nothing"]
 _MANY_SHAPES = 64  # of compiled activations: one for each width, size, and number of frames
 
 
@@ -24,19 +25,25 @@ class FrameCoder:
     """An autoencoder's weights, laid out for this way of running; the module itself keeps working."""
 
     def __init__(
-        self, vae: AutoencoderKLCogVideoX, *, compiled: Compiled = "nothing", tune_convolutions: bool = True
+        self, vae: AutoencoderKLCogVideoX, *, fused: Fused | None = None, tune_convolutions: bool = True
     ) -> None:
+        """`fused`: what joins the work between convolutions; the kernels by default where they run, or else nothing."""
         if vae.quant_conv is not None or vae.post_quant_conv is not None:
             raise ValueError("an autoencoder with quant_conv layers can't run this way; use the stock one")
         self.vae = vae
         self._tune = tune_convolutions
         for module in vae.modules():
             if isinstance(module, nn.Conv3d):
-                module.to(memory_format=torch.channels_last_3d)
+                module.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
             elif isinstance(module, nn.Conv2d):
-                module.to(memory_format=torch.channels_last)
-        self._activate = torch.compile(activate, dynamic=False) if compiled == "activations" else activate
-        whole = compiled == "everything"
+                module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        fused = fused or ("kernels" if _takes_kernels(vae) else "nothing")
+        self._operations = PLAIN
+        if fused == "kernels":
+            self._operations = Operations(kernels.activate, kernels.add)
+        elif fused == "compiled":
+            self._operations = Operations(torch.compile(PLAIN.activate, dynamic=False), add)
+        whole = fused == "everything compiled"
         self._encode: Any = torch.compile(encode_group, fullgraph=True, dynamic=False) if whole else encode_group
         self._decode: Any = torch.compile(decode_group, fullgraph=True, dynamic=False) if whole else decode_group
 
@@ -61,9 +68,15 @@ class FrameCoder:
         ):
             for number, start in enumerate(starts):
                 first, last = (0 if number == 0 else start), start + group
-                output, kept = code(module, frames[:, :, first:last], kept, self._activate)
+                output, kept = code(module, frames[:, :, first:last], kept, self._operations)
                 outputs.append(output)
         return torch.cat(outputs, dim=2)
+
+
+def _takes_kernels(vae: AutoencoderKLCogVideoX) -> bool:
+    norms = [module for module in vae.modules() if isinstance(module, nn.GroupNorm)]
+    fitting = all(kernels.suits(norm.num_channels, norm.num_groups) for norm in norms)
+    return fitting and kernels.is_available() and next(vae.parameters()).is_cuda
 
 
 def _allows_tf32() -> bool:

@@ -10,6 +10,7 @@ What a causal convolution keeps of earlier frames goes in and out as a list, in 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Kept = list[Tensor]
-Activate = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Operations:
+    """The memory-bound work between convolutions: in plain torch, or as kernels (`kernels.py`)."""
+
+    activate: Callable[..., Tensor]
+    add: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def normalization_terms(values: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
@@ -51,13 +59,19 @@ def repeat_frames(values: Tensor, num_frames: int) -> Tensor:
 
 
 def activate(
-    values: Tensor, norm: nn.GroupNorm, modulation: tuple[Tensor, Tensor] | None, kept: Tensor | None
+    values: Tensor,
+    bias: Tensor | None,
+    norm: nn.GroupNorm,
+    modulation: tuple[Tensor, Tensor] | None,
+    kept: Tensor | None,
 ) -> Tensor:
-    """SiLU of the normalised values with the two frames kept from before in front, for a causal convolution.
+    """SiLU of the normalised `values + bias` with the two frames kept from before in front, for a causal convolution.
 
     `modulation` has the factor and summand of the decoder's spatial norm at the latents' height and width. Without
     kept frames the first one is repeated.
     """
+    if bias is not None:
+        values = values + bias[:, None, None, None]
     factor, summand = normalization_terms(values, norm)
     normalised = values.float() * factor + summand
     if modulation is not None:
@@ -69,12 +83,20 @@ def activate(
     return torch.cat([before, output], dim=2).contiguous(memory_format=torch.channels_last_3d)
 
 
+def add(hidden: Tensor, bias: Tensor, values: Tensor) -> Tensor:
+    """`hidden + values` with a bias for each channel."""
+    return hidden + bias[:, None, None, None] + values
+
+
+PLAIN = Operations(activate, add)
+
+
 class Layers:
     """The layers over one group of frames: consumes what was kept of the group before, and keeps for the next."""
 
-    def __init__(self, kept: Kept | None, run_activation: Activate = activate) -> None:
+    def __init__(self, kept: Kept | None, operations: Operations = PLAIN) -> None:
         self._before = None if kept is None else iter(kept)
-        self._activate = run_activation
+        self._operations = operations
         self.kept: Kept = []
 
     def _next_kept(self) -> Tensor | None:
@@ -84,17 +106,19 @@ class Layers:
         """A causal convolution of plain values."""
         kept = self._next_kept()
         before = values[:, :, :1].expand(-1, -1, 2, -1, -1) if kept is None else kept
-        return self._finish(torch.cat([before, values], dim=2), convolution)
+        return self._finish(torch.cat([before, values], dim=2), convolution) + _bias(convolution.conv)
 
-    def activate_and_convolve(self, values: Tensor, norm: Any, latents: Tensor | None, convolution: Any) -> Tensor:
-        """Norm (spatial where there are latents), SiLU, causal convolution."""
+    def activate_and_convolve(
+        self, values: Tensor, bias: Tensor | None, norm: Any, latents: Tensor | None, convolution: Any
+    ) -> Tensor:
+        """Norm (spatial where there are latents) of `values + bias`, SiLU, causal convolution without its bias."""
         modulation = None
         if latents is not None:
             modulation = tuple(
                 repeat_frames(layer.conv(latents), values.shape[2]) for layer in (norm.conv_y, norm.conv_b)
             )
             norm = norm.norm_layer
-        return self._finish(self._activate(values, norm, modulation, self._next_kept()), convolution)
+        return self._finish(self._operations.activate(values, bias, norm, modulation, self._next_kept()), convolution)
 
     def _finish(self, padded: Tensor, convolution: Any) -> Tensor:
         self.kept.append(padded[:, :, -2:].clone())
@@ -102,16 +126,27 @@ class Layers:
 
     def resnet(self, values: Tensor, block: Any, latents: Tensor | None) -> Tensor:
         """Two convolutions beside the unchanged values, or beside a 1x1 convolution of them."""
-        hidden = self.activate_and_convolve(values, block.norm1, latents, block.conv1)
-        hidden = self.activate_and_convolve(hidden, block.norm2, latents, block.conv2)
+        hidden = self.activate_and_convolve(values, None, block.norm1, latents, block.conv1)
+        hidden = self.activate_and_convolve(hidden, block.conv1.conv.bias, block.norm2, latents, block.conv2)
+        bias = block.conv2.conv.bias
         if block.in_channels != block.out_channels:
-            values = _convolve(values, block.conv_shortcut)
-        return hidden + values
+            values, bias = _convolve(values, block.conv_shortcut), bias + block.conv_shortcut.bias
+        return self._operations.add(hidden, bias, values)
+
+    def finish(self, values: Tensor, norm: Any, latents: Tensor | None, convolution: Any) -> Tensor:
+        """The last layer of an encoder or a decoder."""
+        return self.activate_and_convolve(values, None, norm, latents, convolution) + _bias(convolution.conv)
+
+
+def _bias(convolution: nn.Conv3d) -> Tensor:
+    assert convolution.bias is not None
+    return convolution.bias[:, None, None, None]
 
 
 def _convolve(values: Tensor, convolution: nn.Conv3d) -> Tensor:
-    # Not through the stock module: it splits large inputs by frames, to no use for groups as short as these.
-    return F.conv3d(values, convolution.weight, convolution.bias, padding=convolution.padding)  # pyright: ignore[reportArgumentType]
+    # Without its bias, which cuDNN's caller would add in a pass of its own; and not through the stock module, which
+    # splits large inputs by frames, to no use for groups as short as these.
+    return F.conv3d(values, convolution.weight, padding=convolution.padding)  # pyright: ignore[reportArgumentType]
 
 
 def _convolve_frames(values: Tensor, convolution: nn.Conv2d) -> Tensor:
@@ -137,9 +172,9 @@ def upsample(values: Tensor, layer: Any) -> Tensor:
     return output
 
 
-def encode_group(encoder: Any, pixels: Tensor, kept: Kept | None, run_activation: Activate) -> tuple[Tensor, Kept]:
+def encode_group(encoder: Any, pixels: Tensor, kept: Kept | None, operations: Operations) -> tuple[Tensor, Kept]:
     """Moments of one group of frames, and what the next group needs."""
-    layers = Layers(kept, run_activation)
+    layers = Layers(kept, operations)
     values = layers.convolve(pixels, encoder.conv_in)
     for block in encoder.down_blocks:
         for resnet in block.resnets:
@@ -148,12 +183,12 @@ def encode_group(encoder: Any, pixels: Tensor, kept: Kept | None, run_activation
             values = downsample(values, layer)
     for resnet in encoder.mid_block.resnets:
         values = layers.resnet(values, resnet, None)
-    return layers.activate_and_convolve(values, encoder.norm_out, None, encoder.conv_out), layers.kept
+    return layers.finish(values, encoder.norm_out, None, encoder.conv_out), layers.kept
 
 
-def decode_group(decoder: Any, latents: Tensor, kept: Kept | None, run_activation: Activate) -> tuple[Tensor, Kept]:
+def decode_group(decoder: Any, latents: Tensor, kept: Kept | None, operations: Operations) -> tuple[Tensor, Kept]:
     """Pixels of one group of latent frames, and what the next group needs."""
-    layers = Layers(kept, run_activation)
+    layers = Layers(kept, operations)
     values = layers.convolve(latents, decoder.conv_in)
     for resnet in decoder.mid_block.resnets:
         values = layers.resnet(values, resnet, latents)
@@ -162,4 +197,4 @@ def decode_group(decoder: Any, latents: Tensor, kept: Kept | None, run_activatio
             values = layers.resnet(values, resnet, latents)
         for layer in block.upsamplers or ():
             values = upsample(values, layer)
-    return layers.activate_and_convolve(values, decoder.norm_out, latents, decoder.conv_out), layers.kept
+    return layers.finish(values, decoder.norm_out, latents, decoder.conv_out), layers.kept
