@@ -30,6 +30,8 @@ _PREPROCESSING = "time-sampled; upright; bicubic antialias cover; centre crop; [
 TEXT_BATCH = 8
 _CODED_FROM_CLIPS = 8
 """From this many on, a GPU encodes with `FrameCoder`, whose kernels take some seconds to compile."""
+_TUNED_FROM_CLIPS = 64
+"""And from this many on, it tries convolution algorithms first."""
 
 
 def _no_wait() -> None:
@@ -165,7 +167,7 @@ def encode_clips(
     times: EncodingTimes | None = None
     if mine:
         vae = models.load_vae(facts, dtype).to(device)  # pyright: ignore[reportArgumentType]
-        coder = FrameCoder(vae) if device.type == "cuda" and len(mine) >= _CODED_FROM_CLIPS else None
+        coder = _make_coder(vae, len(mine)) if device.type == "cuda" else None
         with ClipDecoder(clip_format, num_workers=num_workers, timeout_seconds=timeout_seconds) as decoder:
             outcomes = decoder.decode([by_key[key] for key in mine])
             shown = tqdm(outcomes, "clips", total=len(mine), unit="clip", disable=quiet)
@@ -184,6 +186,12 @@ def encode_clips(
         release_memory(device)
     _wait_for(by_key, lambda key: cache.has("latents", key) or _failed_path(cache, key).exists())
     return times
+
+
+def _make_coder(vae: AutoencoderKLCogVideoX, num_clips: int) -> FrameCoder | None:
+    if num_clips < _CODED_FROM_CLIPS:
+        return None
+    return FrameCoder(vae, tune_convolutions=num_clips >= _TUNED_FROM_CLIPS)
 
 
 def _gather_batches(

@@ -202,7 +202,7 @@ def generate_latents(
         prompt_embeds=embeddings[None],  # pyright: ignore[reportArgumentType]
         negative_prompt_embeds=negative_embeddings[None] if guided else None,  # pyright: ignore[reportArgumentType]
         output_type="latent",
-        callback_on_step_end=call,
+        callback_on_step_end=call,  # pyright: ignore[reportArgumentType]  # annotated with other arguments than it gets
         **_sampling_arguments(request),
     ).frames  # pyright: ignore[reportAttributeAccessIssue]
 

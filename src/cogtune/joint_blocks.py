@@ -32,7 +32,7 @@ def attend(attention: Any, joint: Tensor, rotary: Rotary | None, backend: Backen
         query, key = rotate(query, rotary), rotate(key, rotary)
     backends = SDPA_BACKENDS[backend]
     with sdpa_kernel(backends) if backends else contextlib.nullcontext():
-        output = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (query, key, value)))
+        output = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
     return attention.to_out[0](output.transpose(1, 2).flatten(2))
 
 
@@ -115,9 +115,9 @@ def join_blocks(
     backend: Backend = "default",
 ) -> JointBlocks:
     """Lets a transformer on its final device run its blocks this way, in place; adapters come before."""
-    for block in transformer.transformer_blocks:
-        # Offloading moves the weights one by one, and the views of a whole would become copies.
-        if not hasattr(transformer, "_hf_hook") and type(block.attn1.to_q) is nn.Linear:  # pyright: ignore[reportAttributeAccessIssue]
+    # Offloading moves the weights one by one, and the views of a whole would become copies.
+    if not hasattr(transformer, "_hf_hook"):
+        for block in transformer.transformer_blocks:
             fuse_projections(block.attn1)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
     joint = JointBlocks(transformer.transformer_blocks, compiled=compiled, cache=cache, backend=backend)
     transformer.transformer_blocks = nn.ModuleList([joint])

@@ -12,7 +12,7 @@ from cogtune.errors import UserError
 from cogtune.memory import GIB
 
 try:  # only where there is a GPU
-    from triton.errors import TritonError
+    from triton.errors import TritonError  # pyright: ignore[reportMissingImports]
 except ImportError:
     TritonError = RuntimeError
 

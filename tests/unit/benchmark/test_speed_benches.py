@@ -19,10 +19,8 @@ def parse(subject: object, *arguments: str) -> argparse.Namespace:
 def test_generate_measures_each_way_and_goes_on_after_a_failure(tmp_path: Path) -> None:
     file = tmp_path / "generate.json"
     variants = "diffusers,joint+eager,joint+eager+first-block:9:1+guidance:2,joint+eager+float8"
-    arguments = parse(
-        generation, "--tiny", "--device", "cpu", "--num_frames", "9", "--variants", variants, "--decoders", "stock,coder", "--json", str(file),
-        "--prompts", "1",
-    )  # fmt: skip
+    options = ["--variants", variants, "--decoders", "stock,coder", "--prompts", "1", "--json", str(file)]
+    arguments = parse(generation, "--tiny", "--device", "cpu", "--num_frames", "9", *options)
     results = generation.run(arguments)
     table = generation.describe(results)
     assert json.loads(file.read_text()) == json.loads(json.dumps(results))

@@ -27,7 +27,8 @@ for channels, groups, frames, height, width, batch in (
     small = [place(torch.randn(batch, channels, frames, height // 2, width // 2)) for _ in range(2)]
     kept = torch.randn(batch, channels, 2, height, width)
     for case in ((bias, norm, None, None), (None, norm, tuple(small), kept)):
-        torch.testing.assert_close(kernels.activate(values, *case), layers.activate(values, *case), rtol=1e-4, atol=1e-4)
+        got, expected = kernels.activate(values, *case), layers.activate(values, *case)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     other = place(torch.randn_like(values))
     torch.testing.assert_close(kernels.add(values.clone(), bias, other), layers.add(values, bias, other))
 print("equal")
