@@ -36,19 +36,26 @@ def attend(attention: Any, joint: Tensor, rotary: Rotary | None, backend: Backen
     return attention.to_out[0](output.transpose(1, 2).flatten(2))
 
 
-def _feed_forward(layers: Any, joint: Tensor) -> Tensor:
+def _feed_forward(layers: Any, joint: Tensor, *, fused: bool) -> Tensor:
     """The block's two linear layers with a tanh GELU between them."""
     activation, last = layers.net[0], layers.net[2]
     first = activation.proj
     # On a GPU the product's own epilogue applies the tanh form; on a CPU the same operator means the exact one.
-    if joint.is_cuda and type(first) is nn.Linear and activation.approximate == "tanh" and first.bias is not None:
+    plain = type(first) is nn.Linear and first.bias is not None and activation.approximate == "tanh"
+    if fused and plain and joint.is_cuda:
         flat = torch.ops.aten._addmm_activation(first.bias, joint.flatten(0, 1), first.weight.t(), use_gelu=True)
         return last(flat.unflatten(0, joint.shape[:2]))
     return last(activation(joint))
 
 
 def run_block(
-    block: Any, joint: Tensor, temb: Tensor, rotary: Rotary | None, text_length: int, backend: Backend = "default"
+    block: Any,
+    joint: Tensor,
+    temb: Tensor,
+    rotary: Rotary | None,
+    text_length: int,
+    backend: Backend = "default",
+    fused_gelu: bool = True,
 ) -> Tensor:
     """One stock block on the joined sequence [B, N, C]: text tokens first."""
     is_text = (torch.arange(joint.shape[1], device=joint.device) < text_length)[None, :, None]
@@ -59,7 +66,10 @@ def run_block(
             for video, text in zip(*(half.chunk(3, -1) for half in modulation.chunk(2, -1)), strict=True)
         )
         modulated = norm.norm(joint) * (1 + scale) + shift
-        change = attend(block.attn1, modulated, rotary, backend) if layers is None else _feed_forward(layers, modulated)
+        if layers is None:
+            change = attend(block.attn1, modulated, rotary, backend)
+        else:
+            change = _feed_forward(layers, modulated, fused=fused_gelu)
         joint = joint + gate * change
     return joint
 
@@ -67,8 +77,11 @@ def run_block(
 class JointBlocks(nn.Module):
     """All blocks of a transformer behind the interface of one stock block."""
 
-    def __init__(self, blocks: nn.ModuleList, *, compiled: bool, cache: StepCache | None, backend: Backend) -> None:
+    def __init__(
+        self, blocks: nn.ModuleList, *, compiled: bool, cache: StepCache | None, backend: Backend, fused_gelu: bool
+    ) -> None:
         super().__init__()
+        self.fused_gelu = fused_gelu
         self.blocks = blocks
         self.cache = cache
         self.backend: Backend = backend
@@ -94,7 +107,7 @@ class JointBlocks(nn.Module):
 
         def run(first: int, last: int | None, values: Tensor, embedding: Tensor) -> Tensor:
             for block in self.blocks[first:last]:
-                values = self._run(block, values, embedding, rotary, text_length, self.backend)
+                values = self._run(block, values, embedding, rotary, text_length, self.backend, self.fused_gelu)
             return values
 
         joint = run(0, None, joint, temb) if self.cache is None else self.cache.run(run, joint, temb)
@@ -113,13 +126,16 @@ def join_blocks(
     compiled: bool,
     cache: StepCache | None = None,
     backend: Backend = "default",
+    fused_gelu: bool = True,
 ) -> JointBlocks:
     """Lets a transformer on its final device run its blocks this way, in place; adapters come before."""
     # Offloading moves the weights one by one, and the views of a whole would become copies.
     if not hasattr(transformer, "_hf_hook"):
         for block in transformer.transformer_blocks:
             fuse_projections(block.attn1)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
-    joint = JointBlocks(transformer.transformer_blocks, compiled=compiled, cache=cache, backend=backend)
+    joint = JointBlocks(
+        transformer.transformer_blocks, compiled=compiled, cache=cache, backend=backend, fused_gelu=fused_gelu
+    )
     transformer.transformer_blocks = nn.ModuleList([joint])
     return joint
 

@@ -10,6 +10,7 @@ Variants, by comma; each is a way to run the blocks and what goes with it, joine
       +float8          float8 linear layers; such variants must come last, since the weights are replaced
       +first-block:T:N skips the other blocks below a change of T, at most N steps in a row
       +guidance:N      runs the half without the prompt on every N-th step
+      +plain-gelu        GELU apart from the matrix product
       +cudnn, +flash, +efficient, +flash3, +flash4    the attention kernel
 
 Step times come from --steps steps after --warmup ones and are multiplied up to --num_steps; variants that skip run all
@@ -78,6 +79,7 @@ class Variant:
     blocks: str
     compiled: bool = True
     float8: bool = False
+    fused_gelu: bool = True
     cache: CacheSettings | None = None
     backend: Backend = field(default="default")
 
@@ -87,11 +89,15 @@ def parse_variant(name: str) -> Variant:
     blocks, *flags = name.split("+")
     if blocks not in ("diffusers", "stock-compiled", "joint") or (flags and blocks != "joint"):
         raise UserError(f"--variants {name}: expected diffusers, stock-compiled, or joint with flags; see --help")
-    values: dict[str, Any] = {"compiled": blocks != "diffusers" and "eager" not in flags, "float8": "float8" in flags}
+    values: dict[str, Any] = {
+        "compiled": blocks != "diffusers" and "eager" not in flags,
+        "float8": "float8" in flags,
+        "fused_gelu": "plain-gelu" not in flags,
+    }
     cache: dict[str, Any] = {}
     for flag in flags:
         kind, *numbers = flag.split(":")
-        if kind not in ("eager", "float8", "first-block", "guidance", *get_args(Backend)):
+        if kind not in ("eager", "float8", "plain-gelu", "first-block", "guidance", *get_args(Backend)):
             raise UserError(f"--variants {name}: {flag} is no flag; see --help")
         try:
             if kind == "first-block":
@@ -214,7 +220,13 @@ class SamplingBench:
                 block.compile(dynamic=False, fullgraph=True)
         cache = StepCache(variant.cache) if variant.cache else None
         if variant.blocks == "joint":
-            join_blocks(self.transformer, compiled=variant.compiled, cache=cache, backend=variant.backend)
+            join_blocks(
+                self.transformer,
+                compiled=variant.compiled,
+                cache=cache,
+                backend=variant.backend,
+                fused_gelu=variant.fused_gelu,
+            )
         return cache
 
     def _time_steps(self, variant: Variant, cache: StepCache | None) -> dict[str, Any]:
@@ -259,8 +271,7 @@ class SamplingBench:
         # Of the size that T5's have.
         texts = [0.2 * torch.randn(shape, generator=generator) for _ in range(2)]
         texts = [text.to(self.device, self.transformer.dtype) for text in texts]
-        with torch.inference_mode():
-            return generate_latents(self.pipeline, request, texts[0], texts[1], on_step=on_step)
+        return generate_latents(self.pipeline, request, texts[0], texts[1], on_step=on_step)
 
     def _decode(self, latents: torch.Tensor) -> np.ndarray:
         return decode_latents(self.vae, latents, self.facts.scaling_factor)
