@@ -54,8 +54,13 @@ def repeat_frames(values: Tensor, num_frames: int) -> Tensor:
         return values
     single = num_frames % 2
     times = (num_frames - single) // (values.shape[2] - single)
-    rest = values[:, :, single:].unsqueeze(3).expand(-1, -1, -1, times, -1, -1).flatten(2, 3)
-    return torch.cat([values[:, :, :single], rest], dim=2) if single else rest
+    # Written in place, since `expand` and `cat` would leave channels-last memory.
+    shape = (*values.shape[:2], num_frames, *values.shape[3:])
+    output = torch.empty(shape, dtype=values.dtype, device=values.device, memory_format=torch.channels_last_3d)
+    output[:, :, :single] = values[:, :, :single]
+    for offset in range(times):
+        output[:, :, single + offset :: times] = values[:, :, single:]
+    return output
 
 
 def activate(
@@ -158,7 +163,8 @@ def downsample(values: Tensor, layer: Any) -> Tensor:
     """Half the height and width; half the frames too where the layer compresses time."""
     if layer.compress_time and values.shape[2] > 1:
         single = values.shape[2] % 2
-        pairs = values[:, :, single:].unflatten(2, (-1, 2)).mean(3)
+        # A mean over pairs, which would leave channels-last memory.
+        pairs = torch.lerp(values[:, :, single::2], values[:, :, single + 1 :: 2], 0.5)
         values = torch.cat([values[:, :, :single], pairs], dim=2)
     return _convolve_frames(F.pad(values, (0, 1, 0, 1)), layer.conv)
 
