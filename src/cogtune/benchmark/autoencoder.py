@@ -19,6 +19,7 @@ from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor, nn
 
 from cogtune.benchmark.clock import attempt, time_work
+from cogtune.benchmark.kernels import profile_steps
 from cogtune.random_pipeline import ARCHITECTURES
 from cogtune.vae.frame_coder import FrameCoder, Fused
 from cogtune.vae.spatial_norm import use_small_spatial_norms
@@ -78,6 +79,7 @@ def measure_ways(
     *,
     repeats: int,
     limit_seconds: float,
+    profiled: bool,
     report: Callable[[str, dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Seconds, memory and deviation of each way to `encode` or `decode` a sample; the first way is the reference."""
@@ -97,6 +99,8 @@ def measure_ways(
             reference.append(output)
         error = output - reference[0]
         row["relative_error"] = float(error.norm() / reference[0].norm())
+        if profiled:
+            row["profile"] = attempt(lambda: profile_steps(run, 1, sample.device))
         return row
 
     for way in ways:

@@ -1,5 +1,6 @@
 """Measuring one piece of work on a device: seconds, first call apart, and peak memory, also where it fails."""
 
+import json
 import statistics
 import time
 import traceback
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 
+from cogtune.benchmark.kernels import describe_profile
 from cogtune.errors import UserError
 from cogtune.memory import GIB
 
@@ -15,6 +17,8 @@ try:  # only where there is a GPU
     from triton.errors import TritonError  # pyright: ignore[reportMissingImports]
 except ImportError:
     TritonError = RuntimeError
+
+_SHOWN_KERNELS = 14
 
 # A way that fails, or needs more memory than there is, must not lose the numbers of the others.
 FAILURES = (
@@ -95,3 +99,11 @@ def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     except FAILURES as error:
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {str(error)[:500]}"}
+
+
+def report(part: str, row: dict[str, Any]) -> None:
+    """Prints what was measured as soon as it is, its slowest kernels below."""
+    profiled = row.get("profile", {})
+    print(f"{part}: {json.dumps({name: value for name, value in row.items() if name != 'profile'})}", flush=True)
+    if "kernels" in profiled:
+        print(describe_profile(profiled, _SHOWN_KERNELS), flush=True)

@@ -27,6 +27,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -38,7 +39,8 @@ from cogtune import models
 from cogtune.acceleration import quantize_transformer
 from cogtune.attention_backends import Backend, activate
 from cogtune.benchmark.autoencoder import WAYS, describe_ways, make_random_vae, measure_ways
-from cogtune.benchmark.clock import Marks, attempt, peak_memory, reset_peak, synchronize
+from cogtune.benchmark.clock import Marks, attempt, peak_memory, report, reset_peak, synchronize
+from cogtune.benchmark.kernels import profile_steps
 from cogtune.benchmark.similarity import measure_psnr, measure_ssim
 from cogtune.errors import UserError
 from cogtune.generation import Request, decode_latents, generate_latents, make_pipeline
@@ -50,6 +52,7 @@ from cogtune.step_cache import CacheSettings, StepCache
 DEFAULT_VARIANTS = (
     "diffusers,stock-compiled,joint,joint+float8,joint+float8+first-block:9:1,joint+float8+first-block:9:1+guidance:2"
 )
+_PROFILED_STEPS = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--warmup", type=int, default=2, help="steps before them; the first one compiles")
     add("--num_steps", type=int, default=50, help="steps of a whole video")
     add("--full", action="store_true", help="run --num_steps with every variant")
+    add("--profile", action="store_true", help="where a step's and a decoder's time goes, by kernel")
     add("--prompts", type=int, default=0, help="videos of --num_steps compared with the reference's, each variant")
     add("--decoders", default="stock,small-norms,coder,untuned", help=f"by comma: {', '.join(WAYS)}")
     for name in ("num_frames", "height", "width"):
@@ -123,7 +127,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     results: dict[str, Any] = {"conditions": bench.conditions(), "variants": {}, "decoders": {}}
 
     def keep(part: str, row: dict[str, Any]) -> None:
-        print(f"{part}: {json.dumps(row)[:1500]}", flush=True)
+        report(part, row)
         if arguments.json:
             arguments.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
@@ -135,8 +139,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     bench.drop_transformer()
     ways = list(filter(None, arguments.decoders.split(",")))
     results["decoders"] = measure_ways(
-        bench.vae, ways, "decode", bench.make_latents(), repeats=3, limit_seconds=arguments.time_limit, report=keep
-    )
+        bench.vae, ways, "decode", bench.make_latents(), repeats=3, limit_seconds=arguments.time_limit,
+        profiled=arguments.profile, report=keep,
+    )  # fmt: skip
     keep("done", {})
     return results
 
@@ -261,6 +266,9 @@ class SamplingBench:
         if cache is not None:
             row["skipped"] = cache.describe()
         row |= peak_memory(self.device)
+        if self.arguments.profile and cache is None:
+            one_step = partial(self._sample, 0, 1, lambda _step: None)
+            row["profile"] = attempt(lambda: profile_steps(one_step, _PROFILED_STEPS, self.device))
         return row | self._deviation(variant, f"{num_steps} steps, prompt 0", self._decode(latents))
 
     def _sample(self, seed: int, num_steps: int, on_step: Callable[[int], None]) -> torch.Tensor:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from transformers import T5EncoderModel
 
 from cogtune.benchmark.autoencoder import WAYS, describe_ways, make_random_vae, measure_ways
-from cogtune.benchmark.clock import attempt, peak_memory, reset_peak
+from cogtune.benchmark.clock import attempt, peak_memory, report, reset_peak
 from cogtune.cache import Cache
 from cogtune.decoding import ClipFormat, default_workers
 from cogtune.encoding import CacheKeys, EncodingTimes, Share, encode_captions, encode_clips
@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--encoders", default="stock,channels-last,coder,untuned", help=f"by comma: {', '.join(WAYS)}")
     add("--workers", type=int, default=default_workers(), help="decoding processes")
     add("--time_limit", type=float, default=120.0, help="seconds of one way to encode, about")
+    add("--profile", action="store_true", help="where an encoder's time goes, by kernel")
     add("--tiny", action="store_true", help="a tiny model and small clips, to try the command on a CPU")
     add("--device", choices=["auto", "cuda", "cpu"], default="auto")
     add("--json", type=Path, help="write everything that was measured to this file")
@@ -60,15 +61,16 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         results: dict[str, Any] = {"conditions": bench.conditions(), "encoders": {}}
 
         def keep(part: str, row: dict[str, Any]) -> None:
-            print(f"{part}: {json.dumps(row)[:1500]}", flush=True)
+            report(part, row)
             if arguments.json:
                 arguments.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
         keep("conditions", results["conditions"])
         ways = list(filter(None, arguments.encoders.split(",")))
         results["encoders"] = measure_ways(
-            bench.vae, ways, "encode", bench.make_pixels(), repeats=3, limit_seconds=arguments.time_limit, report=keep
-        )
+            bench.vae, ways, "encode", bench.make_pixels(), repeats=3, limit_seconds=arguments.time_limit,
+            profiled=arguments.profile, report=keep,
+        )  # fmt: skip
         for part, count, measure in (
             ("clips", arguments.num_clips, bench.measure_clips),
             ("captions", arguments.num_captions, bench.measure_captions),

@@ -20,7 +20,7 @@ def test_generate_measures_each_way_and_goes_on_after_a_failure(tmp_path: Path) 
     file = tmp_path / "generate.json"
     variants = "diffusers,joint+eager,joint+eager+first-block:9:1+guidance:2,joint+eager+float8"
     options = ["--variants", variants, "--decoders", "stock,coder", "--prompts", "1", "--json", str(file)]
-    arguments = parse(generation, "--tiny", "--device", "cpu", "--num_frames", "9", *options)
+    arguments = parse(generation, "--tiny", "--device", "cpu", "--num_frames", "9", "--profile", *options)
     results = generation.run(arguments)
     table = generation.describe(results)
     assert json.loads(file.read_text()) == json.loads(json.dumps(results))
@@ -34,7 +34,7 @@ def test_generate_measures_each_way_and_goes_on_after_a_failure(tmp_path: Path) 
 
 
 def test_prepare_measures_encoding_and_both_kinds_of_entries() -> None:
-    arguments = parse(preparation, "--tiny", "--device", "cpu", "--encoders", "stock,coder")
+    arguments = parse(preparation, "--tiny", "--device", "cpu", "--profile", "--encoders", "stock,coder")
     results = preparation.run(arguments)
     assert results["clips"]["num_items"] == 4 and results["clips"]["problems"] == []
     assert results["captions"]["num_items"] == 20
