@@ -7,7 +7,14 @@ Several prompts, seeds or both give several files: out-00-1.mp4, out-00-2.mp4, .
 
 import torch
 
-from cogtune.acceleration import accelerate, decide_compile, decide_tiling, merge_adapters, quantize_transformer
+from cogtune.acceleration import (
+    accelerate,
+    choose_sampling_backend,
+    decide_compile,
+    decide_tiling,
+    merge_adapters,
+    quantize_transformer,
+)
 from cogtune.errors import UserError, run_command
 from cogtune.generation import (
     check_request,
@@ -34,7 +41,8 @@ def main() -> None:
         check_request(request, facts, allow_unsupported_size=options.allow_unsupported_size)
     compiled = decide_compile(options.compile, device=device, offload=options.offload, num_steps=options.num_steps)
 
-    pipeline = load_pipeline(facts, dtype=choose_dtype(options.dtype, facts, device), sampler=options.sampler)
+    dtype = choose_dtype(options.dtype, facts, device)
+    pipeline = load_pipeline(facts, dtype=dtype, sampler=options.sampler)
     for line in load_adapters(pipeline, options.lora):
         print(line)
     if options.merge == "on" or options.quantize != "none" or (options.merge == "auto" and device.type == "cuda"):
@@ -43,7 +51,10 @@ def main() -> None:
     tiling = decide_tiling(options.vae_tiling, device)
     place_pipeline(pipeline, device, offload=options.offload, vae_tiling=tiling)
     coded = device.type == "cuda" and options.offload == "none" and not tiling
-    coder = accelerate(pipeline, compiled=compiled, cache=options.cache, coded=coded)
+    first = requests[0]
+    tokens = facts.num_tokens(first.num_frames, first.height, first.width)
+    backend = choose_sampling_backend(facts, tokens, dtype, device)
+    coder = accelerate(pipeline, compiled=compiled, cache=options.cache, coded=coded, backend=backend)
     cache = find_step_cache(pipeline.transformer)
     for number, request in enumerate(requests):
         try:

@@ -10,10 +10,12 @@ import torch
 from diffusers import CogVideoXPipeline
 
 from cogtune.attention import fuse_projections
+from cogtune.attention_backends import Backend, activate, is_installed, measure_backends
 from cogtune.errors import UserError
 from cogtune.float8 import check_float8_device
 from cogtune.frozen import Float8Base, quantize_base
 from cogtune.joint_blocks import join_blocks
+from cogtune.models import ModelFacts
 from cogtune.step_cache import CacheSettings, StepCache
 from cogtune.vae.frame_coder import FrameCoder
 
@@ -81,14 +83,38 @@ def quantize_for_inference(transformer: Any) -> int:
     return replaced
 
 
+def choose_sampling_backend(facts: ModelFacts, tokens: int, dtype: torch.dtype, device: torch.device) -> Backend:
+    """The attention kernel that is fastest forward, for two halves of so many tokens, made active for the process.
+
+    PyTorch's own choice where no other package offers one: nothing is measured then.
+    """
+    if device.type != "cuda" or not (is_installed("flash3") or is_installed("flash4")):
+        return "default"
+    timings = measure_backends(
+        batch_size=2, num_heads=facts.num_heads, tokens=tokens, head_dim=facts.head_dim, dtype=dtype, device=device
+    )
+    best: Backend = "default"
+    for name, timing in timings.items():
+        if best == "default" or timing.forward < timings[best].forward:
+            best = name
+    activate(best)
+    return best
+
+
 def accelerate(
-    pipeline: CogVideoXPipeline, *, compiled: bool, cache: CacheSettings | None, coded: bool
+    pipeline: CogVideoXPipeline,
+    *,
+    compiled: bool,
+    cache: CacheSettings | None,
+    coded: bool,
+    backend: Backend = "default",
 ) -> FrameCoder | None:
     """Sets up sampling on a placed pipeline; returns what decodes the videos, or None where the stock decoder does.
 
     `coded`: decode with `FrameCoder`, which needs the whole autoencoder on the device.
     """
     if compiled or cache is not None:
-        join_blocks(pipeline.transformer, compiled=compiled, cache=StepCache(cache) if cache else None)
+        steps = StepCache(cache) if cache else None
+        join_blocks(pipeline.transformer, compiled=compiled, cache=steps, backend=backend)
     # Trying convolution algorithms takes longer than a few videos gain by it.
     return FrameCoder(pipeline.vae, tune_convolutions=False) if coded else None

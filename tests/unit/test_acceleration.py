@@ -7,9 +7,10 @@ import pytest
 import torch
 from test_adapter import make_trained
 
-from cogtune import generation, models
+from cogtune import acceleration, generation, models
 from cogtune.acceleration import accelerate, decide_compile, decide_tiling, merge_adapters, quantize_for_inference
 from cogtune.adapter import save_adapter
+from cogtune.attention_backends import BackendTiming
 from cogtune.config import AdapterSettings
 from cogtune.errors import UserError
 from cogtune.frozen import Float8Base
@@ -32,6 +33,22 @@ def test_compiling_pays_from_fifty_steps_on() -> None:
     assert not decide("auto", device=CUDA, offload="sequential", num_steps=500)
     with pytest.raises(UserError, match="single layers"):
         decide("on", device=CUDA, offload="sequential", num_steps=500)
+
+
+def test_the_attention_kernel_is_the_fastest_forward_where_there_is_a_choice(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = models.read_facts(tiny_folder)
+    timings = {"cudnn": BackendTiming(2.0, 1.0), "flash": BackendTiming(3.0, 0.1), "flash3": BackendTiming(1.0, 9.0)}
+    active: list[str] = []
+    monkeypatch.setattr(acceleration, "measure_backends", lambda **_: timings)
+    monkeypatch.setattr(acceleration, "activate", active.append)
+    monkeypatch.setattr(acceleration, "is_installed", lambda backend: backend == "flash3")
+    choose = acceleration.choose_sampling_backend
+    assert choose(facts, 100, torch.bfloat16, CUDA) == "flash3" and active == ["flash3"]
+    assert choose(facts, 100, torch.bfloat16, CPU) == "default"
+    monkeypatch.setattr(acceleration, "is_installed", lambda _: False)
+    assert choose(facts, 100, torch.bfloat16, CUDA) == "default" and active == ["flash3"]
 
 
 def test_tiling_is_off_unless_asked_for_without_a_gpu() -> None:
