@@ -24,7 +24,7 @@ from cogtune.random_pipeline import ARCHITECTURES
 from cogtune.vae.frame_coder import FrameCoder, Fused
 from cogtune.vae.spatial_norm import use_small_spatial_norms
 
-WAYS = ("stock", "tiled", "small-norms", "channels-last", "coder", "untuned", "compiled", "whole")
+WAYS = ("stock", "tiled", "small-norms", "channels-last", "coder", "untuned", "stacked", "compiled", "whole")
 Code = Callable[[Tensor], Tensor]
 
 
@@ -44,9 +44,9 @@ def make_random_vae(model: str, device: torch.device, dtype: torch.dtype) -> Aut
 def prepare_way(vae: AutoencoderKLCogVideoX, way: str) -> tuple[Code, Code]:
     """Functions that encode pixels to moments and decode latents this way, on a copy of the weights."""
     vae = copy.deepcopy(vae)
-    if way in ("coder", "untuned", "compiled", "whole"):
+    if way in ("coder", "untuned", "stacked", "compiled", "whole"):
         fused: dict[str, Fused] = {"compiled": "compiled", "whole": "everything compiled"}
-        coder = FrameCoder(vae, fused=fused.get(way), tune_convolutions=way != "untuned")
+        coder = FrameCoder(vae, fused=fused.get(way), tune_convolutions=way != "untuned", stacked=way == "stacked")
         return coder.encode, coder.decode
     if way == "tiled":
         vae.enable_tiling()

@@ -15,7 +15,16 @@ from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor, nn
 
 from cogtune.vae import kernels
-from cogtune.vae.layers import PLAIN, Kept, Operations, add, decode_group, encode_group
+from cogtune.vae.layers import (
+    Kept,
+    Operations,
+    activate,
+    add,
+    convolve,
+    convolve_stacked,
+    decode_group,
+    encode_group,
+)
 
 Fused = Literal["kernels", "compiled", "everything compiled", "nothing"]
 _MANY_SHAPES = 64  # of compiled activations: one for each width, size, and number of frames
@@ -25,9 +34,17 @@ class FrameCoder:
     """An autoencoder's weights, laid out for this way of running; the module itself keeps working."""
 
     def __init__(
-        self, vae: AutoencoderKLCogVideoX, *, fused: Fused | None = None, tune_convolutions: bool = True
+        self,
+        vae: AutoencoderKLCogVideoX,
+        *,
+        fused: Fused | None = None,
+        tune_convolutions: bool = True,
+        stacked: bool = False,
     ) -> None:
-        """`fused`: what joins the work between convolutions; the kernels by default where they run, or else nothing."""
+        """`fused`: what joins the work between convolutions; the kernels by default where they run, or else nothing.
+
+        `stacked`: 3D convolutions run as 2D ones over the channels of three frames.
+        """
         if vae.quant_conv is not None or vae.post_quant_conv is not None:
             raise ValueError("an autoencoder with quant_conv layers can't run this way; use the stock one")
         self.vae = vae
@@ -38,11 +55,12 @@ class FrameCoder:
             elif isinstance(module, nn.Conv2d):
                 module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         fused = fused or ("kernels" if _takes_kernels(vae) else "nothing")
-        self._operations = PLAIN
+        convolution = convolve_stacked if stacked else convolve
+        self._operations = Operations(activate, add, convolution)
         if fused == "kernels":
-            self._operations = Operations(kernels.activate, kernels.add)
+            self._operations = Operations(kernels.activate, kernels.add, convolution)
         elif fused == "compiled":
-            self._operations = Operations(torch.compile(PLAIN.activate, dynamic=False), add)
+            self._operations = Operations(torch.compile(activate, dynamic=False), add, convolution)
         whole = fused == "everything compiled"
         self._encode: Any = torch.compile(encode_group, fullgraph=True, dynamic=False) if whole else encode_group
         self._decode: Any = torch.compile(decode_group, fullgraph=True, dynamic=False) if whole else decode_group

@@ -22,10 +22,11 @@ Kept = list[Tensor]
 
 @dataclass(frozen=True)
 class Operations:
-    """The memory-bound work between convolutions: in plain torch, or as kernels (`kernels.py`)."""
+    """How the layers compute: the work between convolutions in plain torch or as kernels, and the convolutions."""
 
     activate: Callable[..., Tensor]
     add: Callable[[Tensor, Tensor, Tensor], Tensor]
+    convolve: Callable[[Tensor, nn.Conv3d], Tensor]
 
 
 def normalization_terms(values: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
@@ -93,13 +94,30 @@ def add(hidden: Tensor, bias: Tensor, values: Tensor) -> Tensor:
     return hidden + bias[:, None, None, None] + values
 
 
-PLAIN = Operations(activate, add)
+def convolve(values: Tensor, convolution: nn.Conv3d) -> Tensor:
+    """A 3D convolution without its bias, which cuDNN's caller would add in a pass of its own.
+
+    Not through the stock module: it splits large inputs by frames, to no use for groups as short as these.
+    """
+    return F.conv3d(values, convolution.weight, padding=convolution.padding)  # pyright: ignore[reportArgumentType]
+
+
+def convolve_stacked(values: Tensor, convolution: nn.Conv3d) -> Tensor:
+    """The same as a 2D convolution whose input channels are those of successive frames."""
+    depth = convolution.kernel_size[0]
+    num_frames = values.shape[2] - depth + 1
+    if depth > 1:
+        values = torch.cat([values[:, :, first : first + num_frames] for first in range(depth)], dim=1)
+    weight = convolution.weight.transpose(1, 2).flatten(1, 2).contiguous(memory_format=torch.channels_last)
+    frames = values.transpose(1, 2).flatten(0, 1)
+    output = F.conv2d(frames, weight, padding=convolution.padding[1:])  # pyright: ignore[reportArgumentType]
+    return output.unflatten(0, (-1, num_frames)).transpose(1, 2)
 
 
 class Layers:
     """The layers over one group of frames: consumes what was kept of the group before, and keeps for the next."""
 
-    def __init__(self, kept: Kept | None, operations: Operations = PLAIN) -> None:
+    def __init__(self, kept: Kept | None, operations: Operations) -> None:
         self._before = None if kept is None else iter(kept)
         self._operations = operations
         self.kept: Kept = []
@@ -127,7 +145,7 @@ class Layers:
 
     def _finish(self, padded: Tensor, convolution: Any) -> Tensor:
         self.kept.append(padded[:, :, -2:].clone())
-        return _convolve(padded, convolution.conv)
+        return self._operations.convolve(padded, convolution.conv)
 
     def resnet(self, values: Tensor, block: Any, latents: Tensor | None) -> Tensor:
         """Two convolutions beside the unchanged values, or beside a 1x1 convolution of them."""
@@ -135,7 +153,7 @@ class Layers:
         hidden = self.activate_and_convolve(hidden, block.conv1.conv.bias, block.norm2, latents, block.conv2)
         bias = block.conv2.conv.bias
         if block.in_channels != block.out_channels:
-            values, bias = _convolve(values, block.conv_shortcut), bias + block.conv_shortcut.bias
+            values, bias = self._operations.convolve(values, block.conv_shortcut), bias + block.conv_shortcut.bias
         return self._operations.add(hidden, bias, values)
 
     def finish(self, values: Tensor, norm: Any, latents: Tensor | None, convolution: Any) -> Tensor:
@@ -146,12 +164,6 @@ class Layers:
 def _bias(convolution: nn.Conv3d) -> Tensor:
     assert convolution.bias is not None
     return convolution.bias[:, None, None, None]
-
-
-def _convolve(values: Tensor, convolution: nn.Conv3d) -> Tensor:
-    # Without its bias, which cuDNN's caller would add in a pass of its own; and not through the stock module, which
-    # splits large inputs by frames, to no use for groups as short as these.
-    return F.conv3d(values, convolution.weight, padding=convolution.padding)  # pyright: ignore[reportArgumentType]
 
 
 def _convolve_frames(values: Tensor, convolution: nn.Conv2d) -> Tensor:

@@ -25,9 +25,10 @@ def test_encoding_and_decoding_equal_the_stock_ways(vae: AutoencoderKLCogVideoX,
     latents = moments[:, :16]
     frames = vae.decode(latents).sample
     before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
-    coder = FrameCoder(vae)
-    torch.testing.assert_close(coder.encode(pixels), moments, rtol=1e-4, atol=2e-5)
-    torch.testing.assert_close(coder.decode(latents), frames, rtol=1e-4, atol=2e-5)
+    for stacked in (False, True):
+        coder = FrameCoder(vae, stacked=stacked)
+        torch.testing.assert_close(coder.encode(pixels), moments, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(coder.decode(latents), frames, rtol=1e-4, atol=2e-5)
     assert frames.std() > 0.02
     for name, tensor in vae.state_dict().items():
         assert torch.equal(tensor, before[name])
