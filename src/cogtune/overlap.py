@@ -1,8 +1,8 @@
 """Keeps a GPU encoding without a break: reading and decoding before it, copies beside it, writing after it.
 
     a thread       makes batches (decoding runs in processes of its own) in page-locked memory
-    this thread    queues copy, encoding and copy back, on a stream each, up to two batches ahead
-    a thread       waits for a batch's results and writes them
+    this thread    queues copy, encoding and copy back, on a stream each, a few batches ahead
+    threads        wait for a batch's results and write them: digests and files take longer than encoding captions
 
 On a CPU there is nothing to overlap: batches are made, encoded and written in turn.
 """
@@ -22,6 +22,7 @@ Encode = Callable[[Tensor], tuple[Tensor, ...]]
 Write = Callable[[list[str], tuple[Tensor, ...]], None]
 
 _AHEAD = 2
+_WRITERS = 4
 _POLL_SECONDS = 0.1
 
 
@@ -31,7 +32,7 @@ class EncodingTimes:
 
     num_items: int
     busy_seconds: float
-    """Of the device, encoding; the copies are not in it."""
+    """Of the device, from the first kernel of each batch's encoding to its last; the copies are not in it."""
     wall_seconds: float
 
     @property
@@ -41,9 +42,10 @@ class EncodingTimes:
 
 
 def encode_overlapped(batches: Iterator[Batch], encode: Encode, write: Write, device: torch.device) -> EncodingTimes:
-    """Encodes (keys, tensor) batches on the device and hands (keys, tensors on the host) to `write`, in order.
+    """Encodes (keys, tensor) batches on the device and hands (keys, tensors on the host) to `write`.
 
-    `batches` and `write` run in threads of their own where the device is a GPU. What they raise is raised here.
+    Where the device is a GPU, `batches` runs in a thread of its own, and `write` in several at once. What they raise is
+    raised here.
     """
     if device.type != "cuda":
         return _encode_in_turn(batches, encode, write)
@@ -52,7 +54,7 @@ def encode_overlapped(batches: Iterator[Batch], encode: Encode, write: Write, de
     spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
     written: list[Future[None]] = []
     num_items, started = 0, 0.0
-    with Producer(batches, prepare=Tensor.pin_memory) as producer, ThreadPoolExecutor(max_workers=1) as writer:
+    with Producer(batches, prepare=Tensor.pin_memory) as producer, ThreadPoolExecutor(max_workers=_WRITERS) as writers:
         for keys, pinned in producer:
             started = started or time.perf_counter()
             with torch.cuda.stream(copying_in):
@@ -69,10 +71,10 @@ def encode_overlapped(batches: Iterator[Batch], encode: Encode, write: Write, de
                 results = tuple(_copy_out(output, copying_out) for output in outputs)
                 copied = torch.cuda.Event()
                 copied.record(copying_out)
-            written.append(writer.submit(_write_after, copied, write, keys, pinned, results))
+            written.append(writers.submit(_write_after, copied, write, keys, pinned, results))
             num_items += len(keys)
-            if len(written) > _AHEAD:
-                written[-1 - _AHEAD].result()
+            if len(written) > _WRITERS:
+                written[-1 - _WRITERS].result()
         for future in written:
             future.result()
     wall = time.perf_counter() - started if started else 0.0
