@@ -15,8 +15,8 @@ Variants, by comma; each is a way to run the blocks and what goes with it, joine
 
 Step times come from --steps steps after --warmup ones and are multiplied up to --num_steps; variants that skip run all
 --num_steps. Random weights change from step to step as no trained ones do: a threshold, and the deviation of what was
-skipped, mean something on trained weights only. Give a folder as --model, and --prompts 4; a threshold of 9 skips as
-many steps as :N allows, and times that.
+skipped, mean something on trained weights only. Give a folder as --model, --prompts 4 and a --prompts_file; a threshold
+of 9 skips as many steps as :N allows, and times that.
 """
 
 import argparse
@@ -42,6 +42,7 @@ from cogtune.benchmark.autoencoder import WAYS, describe_ways, make_random_vae, 
 from cogtune.benchmark.clock import Marks, attempt, peak_memory, report, reset_peak, synchronize
 from cogtune.benchmark.kernels import profile_steps
 from cogtune.benchmark.similarity import measure_psnr, measure_ssim
+from cogtune.encoding import embed
 from cogtune.errors import UserError
 from cogtune.generation import Request, decode_latents, generate_latents, make_pipeline
 from cogtune.joint_blocks import join_blocks, part_blocks
@@ -66,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--full", action="store_true", help="run --num_steps with every variant")
     add("--profile", action="store_true", help="where a step's and a decoder's time goes, by kernel")
     add("--prompts", type=int, default=0, help="videos of --num_steps compared with the reference's, each variant")
+    add("--prompts_file", type=Path, help="a prompt a line, through a folder's own T5; default: random embeddings")
     add("--decoders", default="stock,small-norms,coder,untuned", help=f"by comma: {', '.join(WAYS)}")
     for name in ("num_frames", "height", "width"):
         add(f"--{name}", type=int, help="default: the model's own")
@@ -161,6 +163,7 @@ class SamplingBench:
             arguments.width or self.facts.width,
         )
         self._references: dict[str, np.ndarray] = {}
+        self._embedded = self._embed_prompts()
         self._is_float8 = False
 
     def _load(self, name: str) -> tuple[CogVideoXPipeline, ModelFacts]:
@@ -177,6 +180,20 @@ class SamplingBench:
             scheduler = models.load_scheduler(facts)
             vae = models.load_vae(facts, dtype).to(self.device)  # pyright: ignore[reportArgumentType]
         return make_pipeline(facts, transformer=transformer, vae=vae, scheduler=scheduler), facts
+
+    def _embed_prompts(self) -> list[torch.Tensor]:
+        """Embeddings [L, D] of no text and of each prompt; none where they are to be random."""
+        file = self.arguments.prompts_file
+        if file is None:
+            return []
+        if self.arguments.model in ARCHITECTURES:
+            raise UserError(
+                f"--prompts_file {file}: {self.arguments.model} has random weights; give a folder as --model"
+            )
+        prompts = ["", *(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())]
+        encoder = models.load_text_encoder(self.facts, self.transformer.dtype).to(self.device)
+        embeddings = embed(prompts, models.load_tokenizer(self.facts), encoder, self.facts.max_text_length)
+        return [row.clone() for row in embeddings]
 
     @property
     def transformer(self) -> CogVideoXTransformer3DModel:
@@ -274,12 +291,19 @@ class SamplingBench:
     def _sample(self, seed: int, num_steps: int, on_step: Callable[[int], None]) -> torch.Tensor:
         frames, height, width = self.size
         request = Request("random", frames, height, width, seed=seed, num_inference_steps=num_steps)
+        texts = self._find_texts(seed)
+        return generate_latents(self.pipeline, request, texts[0], texts[1], on_step=on_step)
+
+    def _find_texts(self, seed: int) -> list[torch.Tensor]:
+        """With prompt, and without."""
+        if self._embedded:
+            nothing, *prompts = self._embedded
+            return [prompts[seed % len(prompts)], nothing]
         generator = torch.Generator().manual_seed(1000 + seed)
         shape = (self.facts.max_text_length, self.facts.text_dim)
         # Of the size that T5's have.
         texts = [0.2 * torch.randn(shape, generator=generator) for _ in range(2)]
-        texts = [text.to(self.device, self.transformer.dtype) for text in texts]
-        return generate_latents(self.pipeline, request, texts[0], texts[1], on_step=on_step)
+        return [text.to(self.device, self.transformer.dtype) for text in texts]
 
     def _decode(self, latents: torch.Tensor) -> np.ndarray:
         return decode_latents(self.vae, latents, self.facts.scaling_factor)
@@ -343,7 +367,7 @@ def describe(results: dict[str, Any]) -> str:
         if "error" in row:
             lines.append(f"{name:<44} {row['error'][:100]}")
             continue
-        near = f"PSNR {row['psnr']} SSIM {row['ssim']:.4f}" if "psnr" in row else ""
+        near = f"PSNR {row['psnr']:.6} SSIM {row['ssim']:.4f}" if "psnr" in row else ""
         peak = f"{row['peak_allocated_gib']:5.1f} GiB" if "peak_allocated_gib" in row else ""
         lines.append(
             f"{name:<44} {row['step_seconds']:7.3f} s a step  {row['video_seconds']:7.1f} s a video  {peak}  "

@@ -33,6 +33,24 @@ def test_generate_measures_each_way_and_goes_on_after_a_failure(tmp_path: Path) 
     assert results["decoders"]["coder"]["relative_error"] < 1e-5
 
 
+def test_generate_takes_a_folder_and_its_prompts(tiny_folder: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red ball\n\na blue wave\n")
+    options = ["--model", str(tiny_folder), "--prompts", "2", "--prompts_file", str(prompts), "--num_steps", "8"]
+    variants = "joint+eager,joint+eager+first-block:9:1"
+    arguments = parse(
+        generation, *options, "--num_frames", "5", "--device", "cpu", "--decoders", "", "--variants", variants
+    )
+    results = generation.run(arguments)
+    assert results["conditions"]["weights"] == "given"
+    exact, cached = (results["variants"][name]["deviations"] for name in variants.split(","))
+    assert [row["reference"] for row in exact] == ["8 steps, prompt 1", "8 steps, prompt 2"]
+    assert all(20 < row["psnr"] < 100 and row["skipped"] == "8 steps: 7 full, 1 first block" for row in cached)
+    arguments.model = "tiny"
+    with pytest.raises(UserError, match="random weights"):
+        generation.run(arguments)
+
+
 def test_prepare_measures_encoding_and_both_kinds_of_entries() -> None:
     arguments = parse(preparation, "--tiny", "--device", "cpu", "--profile", "--encoders", "stock,coder")
     results = preparation.run(arguments)
