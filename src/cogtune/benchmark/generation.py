@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--profile", action="store_true", help="where a step's and a decoder's time goes, by kernel")
     add("--prompts", type=int, default=0, help="videos of --num_steps compared with the reference's, each variant")
     add("--prompts_file", type=Path, help="a prompt a line, through a folder's own T5; default: random embeddings")
-    add("--decoders", default="stock,small-norms,coder,untuned", help=f"by comma: {', '.join(WAYS)}")
+    add("--decoders", default="stock,small-norms,untuned,coder,stacked", help=f"by comma: {', '.join(WAYS)}")
     for name in ("num_frames", "height", "width"):
         add(f"--{name}", type=int, help="default: the model's own")
     add("--time_limit", type=float, default=150.0, help="seconds of a variant, about")

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num_clips", type=int, default=32, help="clips from mp4 to cache; 0: none")
     add("--num_captions", type=int, default=128, help="captions through T5; 0: none")
     add("--text_layers", type=int, default=24, help="layers of the text encoder")
-    add("--encoders", default="stock,channels-last,coder,untuned", help=f"by comma: {', '.join(WAYS)}")
+    add("--encoders", default="stock,channels-last,untuned,coder,stacked", help=f"by comma: {', '.join(WAYS)}")
     add("--workers", type=int, default=default_workers(), help="decoding processes")
     add("--time_limit", type=float, default=120.0, help="seconds of one way to encode, about")
     add("--profile", action="store_true", help="where an encoder's time goes, by kernel")
