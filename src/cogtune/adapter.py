@@ -53,11 +53,35 @@ class LoraLinear(PeftLinear):
         update = None if args or kwargs else plain_update(self, x.dtype)
         base = self.base_layer
         if update is None:
+            plain_call = not args and not kwargs and not self.merged and not self.disable_adapters
+            names = [name for name in self.active_adapters if name in self.lora_A]
+            if plain_call and len(names) == 1 and names[0] in self.lora_magnitude_vector:
+                return self._decomposed(x, names[0])
             return super().forward(x, *args, **kwargs)
         if not has_dropout(self) and is_frozen(base):
             return apply_updated(base, x, update)
         dropped = self.lora_dropout[self.active_adapters[0]](x)
         return base(x) + F.linear(F.linear(dropped, update[0]), update[1])
+
+    def _decomposed(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """DoRA (arXiv:2402.09353): each row of the sum is brought to a trained length; its norm passes no gradient.
+
+        PEFT's own keeps what it computed in a dictionary, on which the compiler stops inside a checkpoint.
+        """
+        down: Any = self.lora_A[name].weight
+        up: Any = self.lora_B[name].weight
+        base: Any = self.base_layer
+        weight, magnitude = base.weight, self.lora_magnitude_vector[name].weight
+        with torch.no_grad():
+            norm = torch.linalg.norm(weight.to(up.dtype) + self.scaling[name] * (up @ down), dim=1)
+        ratio = magnitude / norm
+        dropped = self.lora_dropout[name](x)
+        update = F.linear(F.linear(dropped, down.to(x.dtype)), (up * self.scaling[name]).to(x.dtype))
+        if has_dropout(self) and self.training:
+            y = F.linear(x, weight) + (ratio - 1) * F.linear(dropped, weight) + ratio * update
+        else:
+            y = ratio * (F.linear(x, weight) + update)
+        return (y if base.bias is None else y + base.bias).to(x.dtype)
 
 
 def has_dropout(layer: BaseTunerLayer) -> bool:
