@@ -31,7 +31,11 @@ _PACKAGES: dict[Backend, tuple[str, str]] = {
 CLEARLY_FASTER = 0.95
 """A backend takes the place of the one before it in the list only below this part of its time, so that noise in the
 measurement does not change the kernel, and with it the last bits of a result, between a run and its continuation."""
+_CANDIDATES: tuple[Backend, ...] = ("cudnn", "flash", "efficient", "flash3", "flash4")
 _REPEATS = 3
+_PROBE_TOKENS = 256
+# What kernels and the packages around them raise for a shape, a precision or a device that they don't take.
+_REFUSALS = (RuntimeError, ImportError, AssertionError, ValueError, TypeError, AttributeError, NotImplementedError)
 
 
 @dataclass(frozen=True)
@@ -75,13 +79,48 @@ def activated(backend: Backend) -> Iterator[None]:
         activate("default")
 
 
+def check_backend(
+    wanted: Literal["auto"] | Backend, *, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raises `UserError` for a backend that can't run here, after a try on a few tokens; no weight is loaded for it."""
+    if wanted in ("auto", "default"):
+        return
+    if device.type != "cuda":
+        raise UserError(f"train.attention={wanted}: a kernel for GPUs, and this run is on a CPU; use auto or default")
+    if not is_installed(wanted):
+        raise UserError(
+            f"train.attention={wanted}: PyTorch {torch.__version__} finds no package {_PACKAGES[wanted][1]!r} that it "
+            "can hand attention to; install it, or use auto"
+        )
+    timings = measure_backends(
+        batch_size=1,
+        num_heads=num_heads,
+        tokens=_PROBE_TOKENS,
+        head_dim=head_dim,
+        dtype=dtype,
+        device=device,
+        candidates=(wanted,),
+    )
+    if wanted not in timings:
+        raise UserError(
+            f"train.attention={wanted}: does not run on {torch.cuda.get_device_name(device)} in "
+            f"{str(dtype).removeprefix('torch.')} with heads of {head_dim}; use auto"
+        )
+
+
 def measure_backends(
-    *, batch_size: int, num_heads: int, tokens: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    *,
+    batch_size: int,
+    num_heads: int,
+    tokens: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    candidates: tuple[Backend, ...] | None = None,
 ) -> dict[Backend, BackendTiming]:
     """Seconds by backend for those that take this shape on this device; on a CPU the default alone."""
-    candidates: tuple[Backend, ...] = ("default",)
-    if device.type == "cuda":
-        candidates = ("cudnn", "flash", "efficient", "flash3", "flash4")
+    if candidates is None:
+        candidates = _CANDIDATES if device.type == "cuda" else ("default",)
     # The layout that the projections leave: heads beside one another within a token.
     shape = (batch_size, tokens, num_heads, head_dim)
     generator = torch.Generator(device).manual_seed(0)
@@ -96,7 +135,7 @@ def measure_backends(
         try:
             with activated(backend):
                 found[backend] = _measure(backend, inputs, grad, device)
-        except (RuntimeError, ImportError):  # it does not take this shape, precision or device
+        except _REFUSALS:
             continue
     return found
 

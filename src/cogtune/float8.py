@@ -13,11 +13,13 @@ _LARGEST = 448.0  # torch.finfo(torch.float8_e4m3fn).max, as a plain number for 
 _TINY = 1e-12
 
 
-def check_float8_device(device: torch.device) -> None:
-    """Raises `UserError` for a GPU without float8 products."""
+def check_float8_device(
+    device: torch.device, *, setting: str = "float8", remedy: str = "use --quantize int8 or none"
+) -> None:
+    """Raises `UserError`, naming the setting that asked for it, on a device without float8 products."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
-        raise UserError(f"float8 on {name}: needs compute capability 8.9 or newer; use --quantize int8 or none")
+        raise UserError(f"{setting} on {name}: needs a GPU of compute capability 8.9 or newer; {remedy}")
 
 
 def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -155,6 +155,14 @@ def quantize_base(transformer: CogVideoXTransformer3DModel) -> int:
     return replaced
 
 
+def count_float8_parameters(transformer: CogVideoXTransformer3DModel) -> int:
+    """Weights that `quantize_base` would replace, from a frozen transformer's shapes and without an adapter."""
+    layers = [
+        getattr(parent, name) for block in transformer.transformer_blocks for parent, name in _inner_linears(block)
+    ]
+    return sum(layer.weight.numel() for layer in layers if not _sizes_unfit(layer))
+
+
 def _inner_linears(block: Any) -> list[tuple[Any, str]]:
     attention, ff = block.attn1, block.ff
     names = [(attention, name) for name in ("to_q", "to_k", "to_v")]

@@ -73,13 +73,17 @@ def predict(
     tokens: int,
     batch_size: int,
     dtype: torch.dtype,
+    num_float8: int = 0,
 ) -> MemoryPlan:
-    """The plan for a transformer of `num_parameters` frozen and `num_trainable` trained ones."""
+    """The plan for a transformer of `num_parameters` frozen and `num_trainable` trained ones.
+
+    `num_float8` of the frozen ones are kept twice in float8, once for each direction, instead of once in `dtype`.
+    """
     size = torch.finfo(dtype).bits // 8
     unit = batch_size * tokens * facts.num_heads * facts.head_dim * size
     return MemoryPlan(
         activations=activations,
-        weights=num_parameters * size,
+        weights=(num_parameters - num_float8) * size + num_float8 * 2,
         trainable=num_trainable * 16,  # weight, gradient and two moments, 4 bytes each
         kept=int(KEPT_UNITS[activations] * facts.num_layers * unit),
         workspace=int(WORKSPACE_UNITS * unit),

@@ -81,6 +81,8 @@ def _summarise(
     config: RunConfig, steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]
 ) -> list[tuple[str, str]]:
     rows = [("model", config.model.path)]
+    if config.train.float8_base:
+        rows.append(("frozen base", "multiplied by in float8 (train.float8_base)"))
     if steps:
         last, seconds = steps[-1], sorted(row["step_seconds"] for row in steps[1:] or steps)
         rows += [

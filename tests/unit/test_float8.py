@@ -20,3 +20,16 @@ def test_rows_come_back_to_three_bits_of_mantissa() -> None:
 def test_a_cpu_is_refused() -> None:
     with pytest.raises(UserError, match=r"8\.9 or newer"):
         check_float8_device(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("capability", "fine"), [((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)])
+def test_gpus_are_refused_by_their_capability(
+    capability: tuple[int, int], fine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "A Card")
+    if fine:
+        check_float8_device(torch.device("cuda"))
+        return
+    with pytest.raises(UserError, match=r"that setting on A Card: needs .* 8\.9 .*; that remedy"):
+        check_float8_device(torch.device("cuda"), setting="that setting", remedy="that remedy")

@@ -66,6 +66,19 @@ def test_arithmetic(tiny_folder: Path, activations: str) -> None:
     assert f"{activations}: {plan.total / GIB:.1f} GiB" in plan.describe()
 
 
+def test_float8_weights_are_kept_once_for_each_direction(tiny_folder: Path) -> None:
+    """Two bytes a weight: nothing is saved beside 16 bits, half beside 32."""
+    facts = read_facts(tiny_folder)
+    sizes = {"num_parameters": 1000, "num_trainable": 10, "tokens": 100, "batch_size": 1}
+    weights = {
+        (dtype, count): predict(facts, "recompute", dtype=dtype, num_float8=count, **sizes).weights
+        for dtype in (torch.bfloat16, torch.float32)
+        for count in (0, 600)
+    }
+    assert weights[torch.bfloat16, 600] == weights[torch.bfloat16, 0] == 2000
+    assert weights[torch.float32, 0] == 4000 and weights[torch.float32, 600] == 400 * 4 + 600 * 2
+
+
 def test_faster_plans_need_more(tiny_folder: Path) -> None:
     units = [KEPT_UNITS[activations] for activations in ACTIVATIONS_FAST_TO_SLOW]
     assert units == sorted(units, reverse=True) and len(set(units)) == 4 == len(KEPT_UNITS)
