@@ -92,6 +92,7 @@ class Trainer:
         self._saved_step = -1
         self._last_save = time.monotonic()
         self._stop_requested = False
+        self._gradients_checked = False
         self._pending_flags: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -171,6 +172,7 @@ class Trainer:
     def _write_row(self, recent: Recent, grad_norm: torch.Tensor) -> dict[str, Any]:
         """Waits for the device, checks what happened since the last row, and logs it."""
         self._check_finite(recent)
+        self._check_gradients_arrived()
         losses = torch.cat([losses for _, losses, _ in recent.samples]).mean()
         loss = self._accelerator.reduce(losses, reduction="mean")
         assert isinstance(loss, torch.Tensor)
@@ -214,6 +216,32 @@ class Trainer:
             f"non-finite loss or gradients:\n       {listed}\n       the weights were not updated with them and the "
             "newest checkpoint is untouched; look at those clips and captions, or lower optimizer.learning_rate"
         )
+
+    def _check_gradients_arrived(self) -> None:
+        """Once, at the first row: raises `UserError` where a layer of a block never had any gradient but zero.
+
+        torch 2.11 compiled an autograd function that ended in a cast without effect to a gradient of zero: training
+        went on, and the layers before it learned nothing. AdamW's first moment remembers what came.
+        """
+        if self._gradients_checked or self.step <= self._guard.num_skipped:
+            return
+        self._gradients_checked = True
+        moments: dict[str, list[torch.Tensor]] = {}
+        for name, parameter in self._parameters.items():
+            moment = self._optimizer.state.get(parameter, {}).get("exp_avg")
+            if moment is not None and "transformer_blocks." in name:
+                # By layer: at the start one factor of an adapter is zero, and with it the other one's gradient.
+                layer = name.partition(".lora_")[0].removesuffix(".weight").removesuffix(".bias")
+                moments.setdefault(layer, []).append(moment.abs().max())
+        if not moments:
+            return
+        largest = torch.stack([torch.stack(values).max() for values in moments.values()]).tolist()
+        missing = [layer for layer, value in zip(moments, largest, strict=True) if not value]
+        if missing:
+            raise UserError(
+                f"no gradient reached {len(missing)} of {len(moments)} trained layers, such as {missing[0]}: PyTorch "
+                f"{torch.__version__} seems to compile the step wrongly; set train.compile=off, or take another release"
+            )
 
     def save_checkpoint(self) -> None:
         """Saves weights, optimizer and position on the main process, unless this step is saved already."""
