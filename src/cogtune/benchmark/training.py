@@ -10,7 +10,6 @@ import json
 import statistics
 import tempfile
 import time
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ import torch
 from accelerate import Accelerator
 
 from cogtune.adapter import TrainedAdapter
-from cogtune.attention_backends import BackendTiming, choose_backend
+from cogtune.attention_backends import SDPA_BACKENDS, BackendTiming, choose_backend
 from cogtune.benchmark.ceilings import StepShape, describe_ceilings, measure_ceilings, peak_flops
+from cogtune.benchmark.clock import attempt
 from cogtune.benchmark.kernels import describe_profile, profile_steps
 from cogtune.benchmark.numerics import check_variants, describe_check
 from cogtune.benchmark.variants import BASELINE, Variant, parse_variant, prepare_transformer
@@ -30,6 +30,7 @@ from cogtune.config import RunConfig
 from cogtune.dataset import Batch, Entry, PositionSampler, TrainingSet, make_loader
 from cogtune.decoding import default_workers
 from cogtune.denoiser import Denoiser
+from cogtune.frozen import count_float8_parameters
 from cogtune.manifest import Clip
 from cogtune.memory import GIB, predict
 from cogtune.models import ModelFacts, choose_device, choose_dtype
@@ -38,8 +39,6 @@ from cogtune.random_pipeline import ARCHITECTURES, make_architecture_facts, make
 from cogtune.tracking import MetricsLog
 from cogtune.trainer import Recent, Trainer
 
-# A way that fails, or needs more memory than there is, must not lose the numbers of the others.
-FAILURES = (RuntimeError, AssertionError, TypeError, ValueError, AttributeError, LookupError, ImportError)
 _NUM_CLIPS = 4
 _PROFILED_STEPS = 2
 
@@ -56,7 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_frames", type=int, help="default: the model's own")
     parser.add_argument("--height", type=int, help="pixels; default: the model's own")
     parser.add_argument("--width", type=int, help="pixels; default: the model's own")
-    parser.add_argument("--attention", default="auto", help="attention kernel; auto: the fastest that is measured")
+    parser.add_argument(
+        "--attention",
+        choices=["auto", *SDPA_BACKENDS],
+        default="auto",
+        help="auto: the fastest kernel that is measured",
+    )
     parser.add_argument("--time_limit", type=float, default=180.0, help="seconds of a variant, about")
     parser.add_argument("--check", action="store_true", help="compare loss and gradients with float32, two layers")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
@@ -80,21 +84,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     keep("ceilings", describe_ceilings(bench.ceilings))
     if arguments.check:
         results["check"] = check_variants(
-            variants,
-            arguments.model,
-            bench.size,
-            rank=arguments.rank,
-            device=bench.device,
-            dtype=bench.dtype,
-            failures=FAILURES,
+            variants, arguments.model, bench.size, rank=arguments.rank, device=bench.device, dtype=bench.dtype
         )
         keep("check", describe_check(results["check"]))
+        bench.clear()
     for variant in variants:
-        try:
-            results["variants"][variant.name] = bench.measure(variant)
-        except FAILURES as error:
-            results["variants"][variant.name] = {"error": f"{type(error).__name__}: {error}"}
-            traceback.print_exc()
+        results["variants"][variant.name] = attempt(lambda variant=variant: bench.measure(variant))
         bench.clear()
         keep(variant.name, describe_variant(results["variants"][variant.name]))
     return results
@@ -147,6 +142,7 @@ class TrainingBench:
         started = time.perf_counter()
         transformer = make_random_transformer(self.arguments.model, seed=0, device=self.device, dtype=self.dtype)
         num_parameters = sum(p.numel() for p in transformer.parameters())
+        num_float8 = count_float8_parameters(transformer) if "float8" in variant.flags else 0
         timings = {
             name: BackendTiming(row["forward_seconds"], row["backward_seconds"])
             for name, row in self.ceilings["attention"].items()
@@ -158,10 +154,10 @@ class TrainingBench:
             trainer = self._make_trainer(transformer, variant, Path(folder))
             batches = iter(self._make_loader(Path(folder)))
             result |= self._time_steps(trainer, batches, started)
-            try:
-                result["profile"] = profile_steps(lambda: self._step(trainer, batches), _PROFILED_STEPS, self.device)
-            except FAILURES as error:  # the times stand without it
-                result["profile"] = {"parts_ms": {}, "kernels": [], "error": f"{type(error).__name__}: {error}"}
+            profiled = attempt(  # the times stand without it
+                lambda: profile_steps(lambda: self._step(trainer, batches), _PROFILED_STEPS, self.device)
+            )
+            result["profile"] = {"parts_ms": {}, "kernels": []} | profiled
         result |= self._count_flops(variant, result["step_seconds"])
         memory = predict(
             self.facts,
@@ -171,6 +167,7 @@ class TrainingBench:
             tokens=self.tokens,
             batch_size=self.arguments.batch_size,
             dtype=self.dtype,
+            num_float8=num_float8,
         )
         return result | {"predicted_gib": memory.total / GIB}
 
@@ -303,7 +300,7 @@ class TrainingBench:
 def describe_variant(result: dict[str, Any]) -> str:
     """What was measured of a variant, for a person."""
     if "error" in result:
-        return f"failed: {result['error'][:2000]}"
+        return f"failed: {result['error']}"
     mfu = f", MFU {100 * result['mfu']:.1f} %" if result["mfu"] else ""
     lines = [
         f"step {result['step_seconds']:.3f} s (median of {result['num_steps']}, {result['fastest']:.3f} to "
