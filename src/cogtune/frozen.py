@@ -103,7 +103,7 @@ def multiply_rows(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None)
         y = y if bias is None else y + bias
     else:
         y = torch._scaled_mm(
-            rows,
+            rows.contiguous(),
             weight.t(),
             scale_a=row_scale,
             scale_b=scale,
