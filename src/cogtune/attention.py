@@ -43,23 +43,27 @@ class FusedAttention:
         assert attention_mask is None, "CogVideoX attends to every token"
         num_text = encoder_hidden_states.shape[1]
         x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        query, key, value = (part.unflatten(-1, (attn.heads, -1)) for part in project(attn, x))
-        if attn.norm_q is not None:
-            query = attn.norm_q(query)
-        if attn.norm_k is not None:
-            key = attn.norm_k(key)
-        if image_rotary_emb is not None:
-            rotary = extend_rotary(image_rotary_emb, num_text)
-            query, key = rotate(query, rotary), rotate(key, rotary)
-        backends = SDPA_BACKENDS[self.backend]
-        with sdpa_kernel(backends) if backends else contextlib.nullcontext():
-            y = torch.nn.functional.scaled_dot_product_attention(
-                query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-            )
-        y = y.transpose(1, 2).flatten(2)
+        rotary = None if image_rotary_emb is None else extend_rotary(image_rotary_emb, num_text)
         assert attn.to_out is not None
-        y = attn.to_out[1](attn.to_out[0](y))
+        y = attn.to_out[1](attend(attn, x, rotary, self.backend))
         return y[:, num_text:], y[:, :num_text]
+
+
+def attend(attn: Any, x: torch.Tensor, rotary: Rotary | None, backend: Backend) -> torch.Tensor:
+    """Attention over the joint sequence [B, S, D], projected in and out; `rotary` has all its tokens."""
+    query, key, value = (part.unflatten(-1, (attn.heads, -1)) for part in project(attn, x))
+    if attn.norm_q is not None:
+        query = attn.norm_q(query)
+    if attn.norm_k is not None:
+        key = attn.norm_k(key)
+    if rotary is not None:
+        query, key = rotate(query, rotary), rotate(key, rotary)
+    backends = SDPA_BACKENDS[backend]
+    with sdpa_kernel(backends) if backends else contextlib.nullcontext():
+        y = torch.nn.functional.scaled_dot_product_attention(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        )
+    return attn.to_out[0](y.transpose(1, 2).flatten(2))
 
 
 def extend_rotary(rotary: Rotary, num_text: int) -> Rotary:

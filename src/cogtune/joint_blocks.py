@@ -8,32 +8,16 @@ values are those of the stock blocks up to rounding (`tests/unit/test_joint_bloc
 For inference only. Layers are called as modules, so adapters and float8 layers inside the blocks work.
 """
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor, nn
-from torch.nn.attention import sdpa_kernel
 
-from cogtune.attention import Rotary, extend_rotary, fuse_projections, project, rotate
-from cogtune.attention_backends import SDPA_BACKENDS, Backend
+from cogtune.attention import Rotary, attend, extend_rotary, fuse_projections
+from cogtune.attention_backends import Backend
 from cogtune.step_cache import StepCache
-
-
-def attend(attention: Any, joint: Tensor, rotary: Rotary | None, backend: Backend) -> Tensor:
-    """Self-attention over the joined sequence [B, N, C]; `rotary` has all its tokens."""
-    query, key, value = (part.unflatten(-1, (attention.heads, -1)) for part in project(attention, joint))
-    if attention.norm_q is not None:
-        query, key = attention.norm_q(query), attention.norm_k(key)
-    if rotary is not None:
-        query, key = rotate(query, rotary), rotate(key, rotary)
-    backends = SDPA_BACKENDS[backend]
-    with sdpa_kernel(backends) if backends else contextlib.nullcontext():
-        output = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-    return attention.to_out[0](output.transpose(1, 2).flatten(2))
 
 
 def _feed_forward(layers: Any, joint: Tensor, *, fused: bool) -> Tensor:
