@@ -7,6 +7,14 @@ Several prompts, seeds or both give several files: out-00-1.mp4, out-00-2.mp4, .
 
 import torch
 
+from cogtune.acceleration import (
+    accelerate,
+    choose_sampling_backend,
+    decide_compile,
+    decide_tiling,
+    merge_adapters,
+    quantize_transformer,
+)
 from cogtune.errors import UserError, run_command
 from cogtune.generation import (
     check_request,
@@ -15,9 +23,9 @@ from cogtune.generation import (
     load_adapters,
     load_pipeline,
     place_pipeline,
-    quantize_transformer,
 )
 from cogtune.generation_options import check_files, make_requests, output_path, parse_generation
+from cogtune.joint_blocks import find_step_cache
 from cogtune.models import choose_device, choose_dtype, find_folder, read_facts
 from cogtune.video import write_video
 
@@ -31,23 +39,31 @@ def main() -> None:
     requests = make_requests(options, facts)
     for request in requests:
         check_request(request, facts, allow_unsupported_size=options.allow_unsupported_size)
+    compiled = decide_compile(options.compile, device=device, offload=options.offload, num_steps=options.num_steps)
 
-    pipeline = load_pipeline(facts, dtype=choose_dtype(options.dtype, facts, device), sampler=options.sampler)
+    dtype = choose_dtype(options.dtype, facts, device)
+    pipeline = load_pipeline(facts, dtype=dtype, sampler=options.sampler)
     for line in load_adapters(pipeline, options.lora):
         print(line)
-    quantize_transformer(pipeline, options.quantize, device)
-    place_pipeline(pipeline, device, offload=options.offload, vae_tiling=options.vae_tiling)
-    if options.compile:
-        for block in pipeline.transformer.transformer_blocks:
-            block.compile(dynamic=False)
+    if options.merge == "on" or options.quantize != "none" or (options.merge == "auto" and device.type == "cuda"):
+        merge_adapters(pipeline)
+    quantize_transformer(pipeline.transformer, options.quantize, device)
+    tiling = decide_tiling(options.vae_tiling, device)
+    place_pipeline(pipeline, device, offload=options.offload, vae_tiling=tiling)
+    coded = device.type == "cuda" and options.offload == "none" and not tiling
+    first = requests[0]
+    tokens = facts.num_tokens(first.num_frames, first.height, first.width)
+    backend = choose_sampling_backend(facts, tokens, dtype, device)
+    coder = accelerate(pipeline, compiled=compiled, cache=options.cache, coded=coded, backend=backend)
+    cache = find_step_cache(pipeline.transformer)
     for number, request in enumerate(requests):
         try:
-            frames = generate(pipeline, request, max_text_length=facts.max_text_length)
+            frames = generate(pipeline, request, max_text_length=facts.max_text_length, coder=coder)
         except torch.OutOfMemoryError as error:
             raise UserError(explain_out_of_memory(error)) from error
         path = output_path(options, number, request.seed)
         write_video(path, frames, options.fps or facts.fps)
-        print(path)
+        print(path if cache is None else f"{path}  ({cache.describe()})")
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ from cogtune.shapes.reconstruction import (
 )
 from cogtune.shapes.recorded_step import RecordedStep
 from cogtune.shapes.render import render
-from cogtune.shapes.spatial_norm import use_small_spatial_norms
 from cogtune.shapes.world import HEIGHT, NUM_FRAMES, WIDTH, sample_clip
+from cogtune.vae.spatial_norm import use_small_spatial_norms
 
 UNSEEN_SEED = 1_000_003  # of the clips that PSNR is measured on
 MAX_LATENT_NOISE = 0.1  # deviations; what a small denoiser leaves on the latents must not show

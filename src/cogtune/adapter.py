@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from cogtune.config import AdapterSettings
 from cogtune.errors import UserError, nearest
+from cogtune.frozen import apply_updated, is_frozen
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 ADAPTER_NAME = "default"
@@ -49,14 +50,59 @@ class LoraLinear(PeftLinear):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`x` [..., in] to [..., out]; PEFT's own path where a case is not the plain one."""
-        name = self.active_adapters[0] if len(self.active_adapters) == 1 else ""
-        plain = name in self.lora_A and name not in self.lora_variant and not self.merged and not self.disable_adapters
-        if not plain or args or kwargs:
+        update = None if args or kwargs else plain_update(self, x.dtype)
+        base = self.base_layer
+        if update is None:
+            plain_call = not args and not kwargs and not self.merged and not self.disable_adapters
+            names = [name for name in self.active_adapters if name in self.lora_A]
+            if plain_call and len(names) == 1 and names[0] in self.lora_magnitude_vector:
+                return self._decomposed(x, names[0])
             return super().forward(x, *args, **kwargs)
-        first, second = self.lora_A[name].weight, self.lora_B[name].weight
-        assert isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)
-        down, up = first.to(x.dtype), (second * self.scaling[name]).to(x.dtype)
-        return self.base_layer(x) + F.linear(F.linear(self.lora_dropout[name](x), down), up)
+        if not has_dropout(self) and is_frozen(base):
+            return apply_updated(base, x, update)
+        dropped = self.lora_dropout[self.active_adapters[0]](x)
+        return base(x) + F.linear(F.linear(dropped, update[0]), update[1])
+
+    def _decomposed(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """DoRA (arXiv:2402.09353): each row of the sum is brought to a trained length; its norm passes no gradient.
+
+        PEFT's own keeps what it computed in a dictionary, on which the compiler stops inside a checkpoint.
+        """
+        down: Any = self.lora_A[name].weight
+        up: Any = self.lora_B[name].weight
+        base: Any = self.base_layer
+        weight, magnitude = base.weight, self.lora_magnitude_vector[name].weight
+        with torch.no_grad():
+            norm = torch.linalg.norm(weight.to(up.dtype) + self.scaling[name] * (up @ down), dim=1)
+        ratio = magnitude / norm
+        dropped = self.lora_dropout[name](x)
+        update = F.linear(F.linear(dropped, down.to(x.dtype)), (up * self.scaling[name]).to(x.dtype))
+        if has_dropout(self) and self.training:
+            y = F.linear(x, weight) + (ratio - 1) * F.linear(dropped, weight) + ratio * update
+        else:
+            y = ratio * (F.linear(x, weight) + update)
+        return (y if base.bias is None else y + base.bias).to(x.dtype)
+
+
+def has_dropout(layer: BaseTunerLayer) -> bool:
+    """Whether a layer's active adapters see their input through dropout."""
+    assert isinstance(layer, PeftLinear)
+    return any(not isinstance(layer.lora_dropout[name], torch.nn.Identity) for name in layer.active_adapters)
+
+
+def plain_update(layer: BaseTunerLayer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(down [r, in], up [out, r]) of a layer with one plain adapter, scale included, in the given precision.
+
+    None where no adapter is active, or it is not plain: several, merged, DoRA and the like.
+    """
+    name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else ""
+    if not isinstance(layer, PeftLinear) or layer.merged or layer.disable_adapters:
+        return None
+    if name not in layer.lora_A or name in layer.lora_variant:
+        return None
+    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+    assert isinstance(down, torch.Tensor) and isinstance(up, torch.Tensor)
+    return down.to(dtype), (up * layer.scaling[name]).to(dtype)
 
 
 def match_targets(module_names: list[str], patterns: list[str]) -> list[str]:

@@ -158,7 +158,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, torch
 
 
 def find_differences(saved: dict[str, Any], current: dict[str, Any], free: frozenset[str]) -> list[str]:
-    """`section.key: saved -> current` for every setting that differs and isn't in `free` (keys or whole sections)."""
+    """`section.key: saved -> current` for every setting that differs and isn't in `free` (keys or whole sections).
+
+    A setting that came after the run was saved doesn't differ while it is off: that is what the run did.
+    """
     lines = []
     for section in sorted(set(saved) | set(current)):
         old, new = saved.get(section), current.get(section)
@@ -168,6 +171,8 @@ def find_differences(saved: dict[str, Any], current: dict[str, Any], free: froze
             lines.append(f"{section}: {old!r} -> {new!r}")
             continue
         for key in sorted(set(old) | set(new)):
+            if key not in old and new[key] in (None, False):
+                continue
             if f"{section}.{key}" not in free and old.get(key) != new.get(key):
                 lines.append(f"{section}.{key}: {old.get(key)!r} -> {new.get(key)!r}")
     return lines

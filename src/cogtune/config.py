@@ -124,6 +124,12 @@ class TrainSettings(Section):
     """Min-SNR loss weights with this gamma (arXiv:2303.09556); null: plain v-prediction loss."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile each transformer block; auto: on a GPU."""
+    attention: Literal["auto", "default", "cudnn", "flash", "efficient", "flash3", "flash4"] = "auto"
+    """Attention kernel; auto: the fastest for the run's shape, measured at the start (flash3 and flash4 where their
+    packages are installed); default: PyTorch's choice, which is also what a CPU takes."""
+    float8_base: bool = False
+    """Multiply by the blocks' frozen weights in float8, one scale a row, forward and for input gradients: faster, not
+    exact. The adapter's own products stay exact. LoRA only; needs a GPU of compute capability 8.9 (Ada, Hopper)."""
 
     cuda_graph: bool = False
     """Replay each pass as one CUDA graph: several times faster for models of a few million parameters, no gain for large
@@ -131,9 +137,9 @@ class TrainSettings(Section):
 
 
 class MemorySettings(Section):
-    mode: Literal["auto", "keep_all", "keep_attention", "recompute"] = "auto"
-    """What the backward pass finds in memory: all activations, attention outputs only, or block inputs only (least
-    memory, slowest); auto: the fastest that the plan says will fit."""
+    mode: Literal["auto", "keep_products", "keep_all", "keep_attention", "recompute"] = "auto"
+    """What the backward pass finds in memory: the outputs of matrix products and attention, all activations, attention
+    outputs only, or block inputs only (least memory, slowest); auto: the fastest that the plan says will fit."""
     allow_tf32: bool = True
     """TensorFloat-32 for float32 matrix products on a GPU (no effect on bfloat16 and float16 ones)."""
 

@@ -6,7 +6,7 @@ there, so a slow neighbour can't run into a collective's time limit. A killed ru
 
 import gc
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +14,24 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLCogVideoX
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from tqdm import tqdm
 
 from cogtune import models
 from cogtune.cache import Cache, make_key
-from cogtune.decoding import ClipDecoder, ClipFormat
+from cogtune.decoding import ClipDecoder, ClipFormat, Decoded
 from cogtune.manifest import Clip
 from cogtune.models import ModelFacts
+from cogtune.overlap import Batch, EncodingTimes, encode_overlapped
+from cogtune.vae.frame_coder import FrameCoder
 from cogtune.video import ClipError
 
 _PREPROCESSING = "time-sampled; upright; bicubic antialias cover; centre crop; [-1, 1]; v1"
 TEXT_BATCH = 8
+_CODED_FROM_CLIPS = 8
+"""From this many on, a GPU encodes with `FrameCoder`, whose kernels take some seconds to compile."""
+_TUNED_FROM_CLIPS = 64
+"""And from this many on, it tries convolution algorithms first."""
 
 
 def _no_wait() -> None:
@@ -82,30 +89,50 @@ def encode_captions(
     device: torch.device,
     dtype: torch.dtype,
     share: Share,
+    encoder: torch.nn.Module | None = None,
     quiet: bool = False,
-) -> None:
-    """Puts the T5 embeddings [L, D] of every distinct caption into the cache where they are missing."""
+) -> EncodingTimes | None:
+    """Puts the T5 embeddings [L, D] of every distinct caption into the cache where they are missing.
+
+    `encoder`: the text encoder, where it is on the device already; None loads it. Returns None where none are missing.
+    """
     by_key = {keys.text(caption): caption for caption in captions}
     mine = _find_missing("text", by_key, cache, share, quiet=quiet)
+    times: EncodingTimes | None = None
     if mine:
         tokenizer = models.load_tokenizer(facts)
-        encoder = models.load_text_encoder(facts, dtype).to(device)
-        for start in tqdm(range(0, len(mine), TEXT_BATCH), "captions", unit="batch", disable=quiet):
-            batch = mine[start : start + TEXT_BATCH]
-            embeddings = embed([by_key[key] for key in batch], tokenizer, encoder, facts.max_text_length)
-            for key, row in zip(batch, embeddings, strict=True):
+        encoder = models.load_text_encoder(facts, dtype).to(device) if encoder is None else encoder
+        starts = tqdm(range(0, len(mine), TEXT_BATCH), "captions", unit="batch", disable=quiet)
+        batches = (mine[start : start + TEXT_BATCH] for start in starts)
+        length = facts.max_text_length
+        tokens = ((batch, tokenize([by_key[key] for key in batch], tokenizer, length)) for batch in batches)
+
+        def write(batch: list[str], results: tuple[torch.Tensor, ...]) -> None:
+            for key, row in zip(batch, results[0], strict=True):
                 cache.write("text", key, {"embeddings": row})
+
+        times = encode_overlapped(tokens, lambda ids, encoder=encoder: (embed_tokens(ids, encoder),), write, device)
         del encoder
         release_memory(device)
     _wait_for(by_key, lambda key: cache.has("text", key))
+    return times
+
+
+def embed(captions: list[str], tokenizer: Callable[..., Any], encoder: torch.nn.Module, length: int) -> torch.Tensor:
+    """T5 embeddings [B, L, D] padded to `length`; no mask, as the released models were trained."""
+    return embed_tokens(tokenize(captions, tokenizer, length).to(next(encoder.parameters()).device), encoder)
+
+
+def tokenize(captions: list[str], tokenizer: Callable[..., Any], length: int) -> torch.Tensor:
+    """Token numbers [B, L], padded or cut to `length`."""
+    tokens = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return tokens.input_ids
 
 
 @torch.inference_mode()
-def embed(captions: list[str], tokenizer: Callable[..., Any], encoder: torch.nn.Module, length: int) -> torch.Tensor:
-    """T5 embeddings [B, L, D] padded to `length`; no mask, as the released models were trained."""
-    tokens = tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    device = next(encoder.parameters()).device
-    return encoder(tokens.input_ids.to(device))[0]
+def embed_tokens(tokens: torch.Tensor, encoder: torch.nn.Module) -> torch.Tensor:
+    """T5 embeddings [B, L, D] of token numbers on the encoder's device."""
+    return encoder(tokens)[0]
 
 
 def find_cut_captions(captions: Sequence[str], facts: ModelFacts) -> list[tuple[int, int]]:
@@ -129,33 +156,58 @@ def encode_clips(
     timeout_seconds: float,
     on_problem: Callable[[Clip, ClipError], None],
     quiet: bool = False,
-) -> None:
-    """Puts the VAE moments of every clip into the cache where they are missing.
+) -> EncodingTimes | None:
+    """Puts the VAE moments of every clip into the cache where they are missing; None where none are.
 
-    `on_problem` is called for a clip that can't be decoded; what it doesn't raise leaves the clip out.
+    `on_problem` is called for a clip that can't be decoded; what it doesn't raise leaves the clip out. It may be called
+    from another thread, one call at a time.
     """
     by_key = {keys.latents(clip): clip for clip in clips}
     mine = _find_missing("latents", by_key, cache, share, quiet=quiet)
+    times: EncodingTimes | None = None
     if mine:
         vae = models.load_vae(facts, dtype).to(device)  # pyright: ignore[reportArgumentType]
+        coder = _make_coder(vae, len(mine)) if device.type == "cuda" else None
         with ClipDecoder(clip_format, num_workers=num_workers, timeout_seconds=timeout_seconds) as decoder:
             outcomes = decoder.decode([by_key[key] for key in mine])
             shown = tqdm(outcomes, "clips", total=len(mine), unit="clip", disable=quiet)
-            waiting: list[tuple[str, torch.Tensor]] = []
-            for outcome in shown:
-                key = mine[outcome.index]
-                if outcome.problem is not None:
-                    _mark_failed(cache, key, str(outcome.problem))
-                    on_problem(by_key[key], outcome.problem)
-                else:
-                    assert outcome.frames is not None
-                    waiting.append((key, torch.from_numpy(outcome.frames)))
-                if waiting and (len(waiting) >= _clips_at_once(clip_format, device) or outcome.index == len(mine) - 1):
-                    _encode_batch(vae, waiting, cache)
-                    waiting = []
-        del vae
+
+            def note(key: str, problem: ClipError) -> None:
+                _mark_failed(cache, key, str(problem))
+                on_problem(by_key[key], problem)
+
+            def write(keys: list[str], moments: tuple[torch.Tensor, ...]) -> None:
+                for key, mean, logvar in zip(keys, *moments, strict=True):
+                    cache.write("latents", key, {"mean": mean, "logvar": logvar})
+
+            batches = _gather_batches(shown, mine, _clips_at_once(clip_format, device), note)
+            times = encode_overlapped(batches, lambda frames: encode_frames(vae, frames, coder), write, device)
+        del vae, coder
         release_memory(device)
     _wait_for(by_key, lambda key: cache.has("latents", key) or _failed_path(cache, key).exists())
+    return times
+
+
+def _make_coder(vae: AutoencoderKLCogVideoX, num_clips: int) -> FrameCoder | None:
+    if num_clips < _CODED_FROM_CLIPS:
+        return None
+    return FrameCoder(vae, tune_convolutions=num_clips >= _TUNED_FROM_CLIPS)
+
+
+def _gather_batches(
+    outcomes: Iterable[Decoded], keys: Sequence[str], size: int, note: Callable[[str, ClipError], None]
+) -> Iterator[Batch]:
+    """Keys and uint8 frames [B, F, H, W, 3] of up to `size` decoded clips; `note` hears of those without frames."""
+    waiting: list[tuple[str, torch.Tensor]] = []
+    for outcome in outcomes:
+        if outcome.problem is not None:
+            note(keys[outcome.index], outcome.problem)
+        else:
+            assert outcome.frames is not None
+            waiting.append((keys[outcome.index], torch.from_numpy(outcome.frames)))
+        if waiting and (len(waiting) >= size or outcome.index == len(keys) - 1):
+            yield [key for key, _ in waiting], torch.stack([frames for _, frames in waiting])
+            waiting = []
 
 
 def _find_missing(kind: str, keys: Iterable[str], cache: Cache, share: Share, *, quiet: bool) -> list[str]:
@@ -199,18 +251,17 @@ def _clips_at_once(form: ClipFormat, device: torch.device) -> int:
     return max(1, min(32, 49 * 480 * 720 // (form.num_frames * form.height * form.width)))
 
 
-def _encode_batch(vae: AutoencoderKLCogVideoX, clips: list[tuple[str, torch.Tensor]], cache: Cache) -> None:
-    means, logvars = encode_frames(vae, torch.stack([frames for _, frames in clips]))
-    for (key, _), mean, logvar in zip(clips, means, logvars, strict=True):
-        cache.write("latents", key, {"mean": mean, "logvar": logvar})
-
-
 @torch.inference_mode()
-def encode_frames(vae: AutoencoderKLCogVideoX, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_frames(
+    vae: AutoencoderKLCogVideoX, frames: torch.Tensor, coder: FrameCoder | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """uint8 [B, F, H, W, 3] to the posterior's mean and log-variance, each [B, C, F', H', W'], unscaled."""
     pixels = frames.to(vae.device).permute(0, 4, 1, 2, 3)
     pixels = (pixels.float() / 127.5 - 1.0).to(vae.dtype)
-    distribution = vae.encode(pixels).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
+    if coder is None:
+        distribution = vae.encode(pixels).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
+    else:
+        distribution = DiagonalGaussianDistribution(coder.encode(pixels))
     return distribution.mean, distribution.logvar
 
 

@@ -1,6 +1,7 @@
 """How the transformer's blocks run: compiled or not, and which activations the backward pass finds in memory.
 
-    keep_all         nothing is recomputed: fastest, most memory
+    keep_all         what the compiler thinks best is kept, without a limit; not compiled: everything
+    keep_products    outputs of attention and of matrix products are kept; norms, gates and GELU are computed again
     keep_attention   attention outputs are kept, the rest of a block is recomputed from its input
     recompute        whole blocks are recomputed from their inputs: least memory
 
@@ -15,37 +16,69 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-Activations = Literal["keep_all", "keep_attention", "recompute"]
+Activations = Literal["keep_all", "keep_products", "keep_attention", "recompute"]
 
-_ATTENTION_OPS = [
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-]
+_ATTENTION_OPS = frozenset(
+    {
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    }
+)
+_PRODUCT_OPS = frozenset(
+    {
+        torch.ops.aten.mm.default,
+        torch.ops.aten.addmm.default,
+        torch.ops.aten.bmm.default,
+        torch.ops.aten._scaled_mm.default,
+    }
+)
+# Of these, the compiled backward pass keeps only what it reads: not the output of the feed-forward's second product.
+_KEPT_OPS = {"keep_products": _ATTENTION_OPS | _PRODUCT_OPS, "keep_attention": _ATTENTION_OPS}
 
 
-def _policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in _ATTENTION_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(kept: frozenset[Any], _context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def configure_blocks(
-    transformer: CogVideoXTransformer3DModel, activations: Activations, *, compiled: bool, has_dropout: bool
+    transformer: CogVideoXTransformer3DModel,
+    activations: Activations,
+    *,
+    compiled: bool,
+    has_dropout: bool,
+    compiler: str = "inductor",
 ) -> None:
     """Sets up checkpointing and compilation of every block, in place."""
-    if activations != "keep_all":
-        runner = _make_runner(activations, has_dropout=has_dropout)
-        # The checkpoint lies inside the compiled region: only there can attention outputs be kept apart.
-        transformer.enable_gradient_checkpointing(torch.compile(runner, dynamic=False) if compiled else runner)
+    run_block = _make_runner(activations, has_dropout=has_dropout)
     if compiled:
+        # The checkpoint lies inside the compiled region: only there can attention outputs be kept apart.
+        run_block = torch.compile(run_block, dynamic=False, fullgraph=True, backend=compiler)
         for block in transformer.transformer_blocks:
-            block.compile(dynamic=False)
+            block.compile(dynamic=False, backend=compiler)
+
+    def run(block: torch.nn.Module, hidden_states: torch.Tensor, text: torch.Tensor, *rest: Any) -> Any:
+        return run_block(block, _like_an_output(hidden_states), _like_an_output(text), *rest)
+
+    transformer.enable_gradient_checkpointing(run)
+
+
+def _like_an_output(x: torch.Tensor) -> torch.Tensor:
+    """A block's input as the block before would have made it, so that the first block is not compiled by itself.
+
+    It gets slices of a longer sequence, with another stride, that ask for no gradient where all before them is frozen.
+    """
+    x = x.flatten(0, 1).unflatten(0, x.shape[:2])
+    return x if x.requires_grad else x.detach().requires_grad_()
 
 
 def _make_runner(activations: Activations, *, has_dropout: bool) -> Callable[..., Any]:
+    if activations == "keep_all":
+        return lambda block, *inputs: block(*inputs)
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": has_dropout}
-    if activations == "keep_attention":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    if activations in _KEPT_OPS:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_policy, _KEPT_OPS[activations]))
 
     def run_block(block: torch.nn.Module, *inputs: Any) -> Any:
         return checkpoint(block, *inputs, **options)

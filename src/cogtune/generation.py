@@ -3,11 +3,12 @@
 pipeline = load_pipeline(facts, dtype=torch.bfloat16)
 reports = load_adapters(pipeline, [(Path("runs/my-lora/final"), 1.0)])
 place_pipeline(pipeline, device, offload="none")
-frames = generate(pipeline, Request("a red ball", num_frames=49, height=480, width=720))
+coder = accelerate(pipeline, compiled=True, cache=None, coded=True)  # from `acceleration`; may be left out
+frames = generate(pipeline, Request("a red ball", num_frames=49, height=480, width=720), coder=coder)
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +18,12 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline
 
 from cogtune import models
+from cogtune.acceleration import Offload
 from cogtune.adapter import check_adapter_fits, find_adapter_file, read_adapter_file
 from cogtune.errors import UserError
+from cogtune.joint_blocks import find_step_cache
 from cogtune.models import ModelFacts
-
-Offload = Literal["none", "model", "sequential"]
-Quantization = Literal["none", "int8", "float8"]
+from cogtune.vae.frame_coder import FrameCoder
 
 
 @dataclass(frozen=True)
@@ -151,75 +152,76 @@ def place_pipeline(
         pipeline.to(device)
 
 
-def quantize_transformer(pipeline: CogVideoXPipeline, kind: Quantization, device: torch.device) -> None:
-    """Merges the adapters into the weights and quantizes the linear layers with torchao."""
-    if kind == "none":
-        return
-    try:
-        from torchao.quantization import (  # pyright: ignore[reportMissingImports]  # optional extra
-            Float8DynamicActivationFloat8WeightConfig,
-            Int8WeightOnlyConfig,
-            PerRow,
-            quantize_,
-        )
-    except ImportError:
-        raise UserError(f"--quantize {kind}: torchao is not installed; pip install 'cogtune[quantize]'") from None
-    if kind == "float8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
-        raise UserError("--quantize float8: needs a GPU of compute capability 8.9 or newer; use int8")
-    if getattr(pipeline.transformer, "peft_config", None):
-        pipeline.fuse_lora()
-        pipeline.unload_lora_weights()
-    configs = {
-        "int8": Int8WeightOnlyConfig(),
-        "float8": Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()),
-    }
-    quantize_(
-        pipeline.transformer.transformer_blocks,
-        configs[kind],
-        filter_fn=lambda module, name: isinstance(module, torch.nn.Linear) and "norm" not in name,
-    )
-
-
 def explain_out_of_memory(error: BaseException) -> str:
     """What to turn after the device ran out of memory."""
     return (
         f"out of memory on the device: {str(error).splitlines()[0][:300]}\n       try: --offload model, then "
-        "--offload sequential; --quantize int8; leave VAE tiling on"
+        "--offload sequential; --quantize int8; --vae-tiling on"
     )
 
 
-def generate(pipeline: CogVideoXPipeline, request: Request, *, max_text_length: int = 226) -> np.ndarray:
-    """One video, uint8 RGB [F, H, W, 3], from a whole pipeline."""
-    video = pipeline(
+def generate(
+    pipeline: CogVideoXPipeline, request: Request, *, max_text_length: int = 226, coder: FrameCoder | None = None
+) -> np.ndarray:
+    """One video, uint8 RGB [F, H, W, 3], from a whole pipeline; `coder` decodes it, or else the pipeline."""
+    _start_steps(pipeline, request)
+    output = pipeline(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
         max_sequence_length=max_text_length,
-        output_type="pt",
+        output_type="pt" if coder is None else "latent",
         **_sampling_arguments(request),
-    ).frames[0]  # pyright: ignore[reportAttributeAccessIssue]
-    return _to_uint8(video.permute(0, 2, 3, 1))
+    ).frames  # pyright: ignore[reportAttributeAccessIssue]
+    if coder is not None:
+        return decode_latents(coder.vae, output, pipeline.vae_scaling_factor_image, coder)
+    return _to_uint8(output[0].permute(0, 2, 3, 1))
 
 
 @torch.no_grad()
 def generate_latents(
-    pipeline: CogVideoXPipeline, request: Request, embeddings: torch.Tensor, negative_embeddings: torch.Tensor
+    pipeline: CogVideoXPipeline,
+    request: Request,
+    embeddings: torch.Tensor,
+    negative_embeddings: torch.Tensor,
+    *,
+    on_step: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
-    """Sampled latents [1, F, C, H, W], scaled, from embeddings [L, D]; needs transformer and scheduler only."""
+    """Sampled latents [1, F, C, H, W], scaled, from embeddings [L, D]; needs transformer and scheduler only.
+
+    `on_step` is called with each step's number after it.
+    """
+
+    def call(_pipeline: Any, step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
+        if on_step is not None:
+            on_step(step)
+        return {}
+
     guided = request.guidance_scale > 1.0
+    _start_steps(pipeline, request)
     return pipeline(
         prompt_embeds=embeddings[None],  # pyright: ignore[reportArgumentType]
         negative_prompt_embeds=negative_embeddings[None] if guided else None,  # pyright: ignore[reportArgumentType]
         output_type="latent",
+        callback_on_step_end=call,  # pyright: ignore[reportArgumentType]  # annotated with other arguments than it gets
         **_sampling_arguments(request),
     ).frames  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @torch.no_grad()
-def decode_latents(vae: AutoencoderKLCogVideoX, latents: torch.Tensor, scaling_factor: float) -> np.ndarray:
+def decode_latents(
+    vae: AutoencoderKLCogVideoX, latents: torch.Tensor, scaling_factor: float, coder: FrameCoder | None = None
+) -> np.ndarray:
     """Latents [1, F, C, H, W] to uint8 RGB [F, H, W, 3]."""
     unscaled = latents.to(vae.device, vae.dtype).transpose(1, 2) / scaling_factor
-    video = vae.decode(unscaled).sample[0]  # pyright: ignore[reportAttributeAccessIssue]  # [C, F, H, W]
+    decoded = vae.decode(unscaled).sample if coder is None else coder.decode(unscaled)  # pyright: ignore[reportAttributeAccessIssue]
+    video = decoded[0]  # [C, F, H, W]
     return _to_uint8((video.float() / 2 + 0.5).clamp(0, 1).permute(1, 2, 3, 0))
+
+
+def _start_steps(pipeline: CogVideoXPipeline, request: Request) -> None:
+    cache = find_step_cache(pipeline.transformer)
+    if cache is not None:
+        cache.start(request.num_inference_steps)
 
 
 def _sampling_arguments(request: Request) -> dict[str, Any]:

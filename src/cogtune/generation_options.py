@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from cogtune.acceleration import Offload, Quantization, Switch
 from cogtune.adapter import find_adapter_file
 from cogtune.cli import CommandParser
 from cogtune.errors import UserError
-from cogtune.generation import Offload, Quantization, Request
+from cogtune.generation import Request
 from cogtune.models import ModelFacts
+from cogtune.step_cache import CacheSettings, make_settings
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,15 @@ class GenerationOptions:
     dtype: str
     offload: Offload
     quantize: Quantization
-    vae_tiling: bool
-    compile: bool
+    vae_tiling: Switch
+    compile: Switch
+    merge: Switch
+    cache: CacheSettings | None
+
+    @property
+    def num_steps(self) -> int:
+        """Sampling steps of all videos together."""
+        return self.steps * len(self.prompts) * len(self.seeds)
 
 
 def parse_adapter(text: str) -> tuple[Path, float]:
@@ -75,9 +84,18 @@ def parse_generation(description: str, argv: list[str] | None = None) -> Generat
     add("--device", choices=["auto", "cuda", "cpu"], default="auto")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     add("--offload", choices=["none", "model", "sequential"], default="none", help="less GPU memory, slower")
-    add("--quantize", choices=["none", "int8", "float8"], default="none", help="smaller transformer weights (torchao)")
-    add("--no-vae-tiling", action="store_true", help="decode in one piece: faster, more memory")
-    add("--compile", action="store_true", help="compile the transformer's blocks: pays from the second video on")
+    add(
+        "--quantize", choices=["none", "int8", "float8"], default="none", help="float8: faster; int8: smaller (torchao)"
+    )
+    add(
+        "--vae-tiling", choices=["auto", "on", "off"], default="auto", help="by tiles: slower, less memory, faint seams"
+    )
+    add("--compile", choices=["auto", "on", "off"], default="auto", help="auto: on a GPU, from 50 steps in all on")
+    add("--merge", choices=["auto", "on", "off"], default="auto", help="adapters into the weights; auto: on a GPU")
+    add("--cache", choices=["none", "first-block", "guidance", "both"], default="none", help="skip work; other videos")
+    add("--cache-threshold", type=float, default=0.1, help="first-block: largest change that is skipped")
+    add("--cache-max-skipped", type=int, default=3, help="first-block: steps in a row that may be skipped")
+    add("--guidance-interval", type=int, default=3, help="guidance: steps between full ones")
     given = parser.parse_args(argv)
     prompts = [*given.prompt, *(_read_prompts(given.prompts_file) if given.prompts_file else [])]
     if not prompts:
@@ -86,6 +104,7 @@ def parse_generation(description: str, argv: list[str] | None = None) -> Generat
         raise UserError(f"--steps {given.steps} --guidance {given.guidance:g}: both must be at least 1")
     if given.output.suffix.lower() != ".mp4":
         raise UserError(f"--output {given.output}: must end in .mp4")
+    _check_cache(given)
     return GenerationOptions(
         model=given.model,
         prompts=prompts,
@@ -106,9 +125,31 @@ def parse_generation(description: str, argv: list[str] | None = None) -> Generat
         dtype=given.dtype,
         offload=given.offload,
         quantize=given.quantize,
-        vae_tiling=not given.no_vae_tiling,
+        vae_tiling=given.vae_tiling,
         compile=given.compile,
+        merge=given.merge,
+        cache=make_settings(
+            given.cache,
+            threshold=given.cache_threshold,
+            guidance_interval=given.guidance_interval,
+            max_skipped=given.cache_max_skipped,
+        ),
     )
+
+
+def _check_cache(given: argparse.Namespace) -> None:
+    if given.cache_threshold <= 0:
+        raise UserError(f"--cache-threshold {given.cache_threshold:g}: must be above 0; --cache none skips nothing")
+    if given.guidance_interval < 2:
+        raise UserError(
+            f"--guidance-interval {given.guidance_interval}: must be at least 2; --cache none skips nothing"
+        )
+    if given.cache in ("guidance", "both") and given.guidance == 1:
+        raise UserError(f"--cache {given.cache}: there is no guidance to skip with --guidance 1; use first-block")
+    if given.cache != "none" and given.offload == "sequential":
+        raise UserError(f"--cache {given.cache}: can't go with --offload sequential; use --offload model")
+    if given.merge == "off" and given.quantize != "none":
+        raise UserError(f"--merge off: --quantize {given.quantize} needs merged adapters; leave --merge out")
 
 
 def check_files(options: GenerationOptions) -> None:

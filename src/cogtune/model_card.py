@@ -95,7 +95,7 @@ def make_adapter_card(config: RunConfig, facts: ModelFacts, *, num_clips: int, g
         schedule=config.schedule.name,
         steps=config.train.max_steps,
         batch=global_batch,
-        dtype=dtype,
+        dtype=f"{dtype} (its products in float8)" if config.train.float8_base else dtype,
         use_dtype=dtype,
         trigger=f"\nPut `{token}` into the prompt: it stood before every training caption.\n" if token else "",
         example=f"{token} ..." if token else "...",

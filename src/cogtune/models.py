@@ -175,6 +175,11 @@ def read_facts(folder: Path) -> ModelFacts:
             f"{folder}: the text encoder is {text_encoder.get('d_model')} wide, the transformer expects {text_dim}; "
             "the components come from different models"
         )
+    return make_facts(folder, transformer, vae, scheduler)
+
+
+def make_facts(folder: Path, transformer: dict[str, Any], vae: dict[str, Any], scheduler: dict[str, Any]) -> ModelFacts:
+    """The facts of a pipeline whose components have these configs."""
     name = find_variant(transformer)
     row = VARIANTS.get(name)
     rotary = bool(transformer.get("use_rotary_positional_embeddings", False))
@@ -201,7 +206,7 @@ def read_facts(folder: Path) -> ModelFacts:
         scaling_factor=float(vae.get("scaling_factor", 1.15258426)),
         use_rotary=rotary,
         max_text_length=transformer.get("max_text_seq_length", 226),
-        text_dim=text_dim,
+        text_dim=transformer.get("text_embed_dim", 4096),
         transformer_config=transformer,
         scheduler_config=scheduler,
     )

@@ -5,13 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import CogVideoXTransformer3DModel
 
 from cogtune import models
 from cogtune.adapter import count_adapter_parameters
+from cogtune.attention_backends import check_backend
 from cogtune.cache import Cache
 from cogtune.config import RunConfig
 from cogtune.decoding import ClipFormat, default_workers
 from cogtune.errors import UserError
+from cogtune.float8 import check_float8_device
+from cogtune.frozen import count_float8_parameters
 from cogtune.generation import check_size
 from cogtune.manifest import Clip, read_manifest, split_validation
 from cogtune.memory import ACTIVATIONS_FAST_TO_SLOW, GIB, MemoryPlan, choose_activations, free_device_bytes, predict
@@ -56,6 +60,8 @@ class TrainingPlan(DataPlan):
     memory: MemoryPlan
     free_bytes: int | None
     compiled: bool
+    num_float8: int
+    """Frozen weights that are multiplied by in float8."""
     autocast: bool
     """Float32 weights computed with in `dtype`: full fine-tuning in low precision."""
 
@@ -86,6 +92,8 @@ class TrainingPlan(DataPlan):
             "compiled": "each block" if self.compiled else "no",
             "output": str(config.output_dir),
         }
+        if self.num_float8:
+            rows["float8"] = f"products with {self.num_float8:,} of the frozen parameters"
         return "\n".join(f"{name:<11} {value}" for name, value in rows.items())
 
 
@@ -145,7 +153,22 @@ def make_adapter_plan(config: RunConfig) -> TrainingPlan:
     data = make_data_plan(config)
     meta = models.make_meta_transformer(data.facts)
     num_trainable = count_adapter_parameters(meta, config.adapter)
-    return _add_training(data, sum(p.numel() for p in meta.parameters()), num_trainable)
+    num_float8 = _plan_float8(data, meta) if config.train.float8_base else 0
+    return _add_training(data, sum(p.numel() for p in meta.parameters()), num_trainable, num_float8)
+
+
+def _plan_float8(data: DataPlan, meta: CogVideoXTransformer3DModel) -> int:
+    """How many weights go to float8; raises `UserError` where they can't."""
+    setting = "train.float8_base=true"
+    check_float8_device(data.device, setting=setting, remedy="set train.float8_base=false")
+    if data.config.adapter.use_dora:
+        raise UserError(
+            f"{setting}: can't go with adapter.use_dora, which reads the base weights; turn off one of them"
+        )
+    count = count_float8_parameters(meta)
+    if not count:
+        raise UserError(f"{setting}: no layer of this model has sizes that are multiples of 16; set it to false")
+    return count
 
 
 def make_full_plan(config: RunConfig) -> TrainingPlan:
@@ -154,9 +177,13 @@ def make_full_plan(config: RunConfig) -> TrainingPlan:
         raise UserError(
             "adapter: has no effect in full fine-tuning (train/sft.py); remove the section, or use train/lora.py"
         )
+    if config.train.float8_base:
+        raise UserError(
+            "train.float8_base=true: full fine-tuning (train/sft.py) freezes no weight; remove it, or use train/lora.py"
+        )
     data = make_data_plan(config)
     num_parameters = sum(p.numel() for p in models.make_meta_transformer(data.facts).parameters())
-    return _add_training(data, 0, num_parameters)
+    return _add_training(data, 0, num_parameters, 0)
 
 
 def _check_cuda_graph(data: DataPlan) -> None:
@@ -173,10 +200,17 @@ def _check_cuda_graph(data: DataPlan) -> None:
         raise UserError(f"train.cuda_graph: {'; '.join(wrong)}; or set train.cuda_graph=false")
 
 
-def _add_training(data: DataPlan, num_parameters: int, num_trainable: int) -> TrainingPlan:
+def _add_training(data: DataPlan, num_parameters: int, num_trainable: int, num_float8: int) -> TrainingPlan:
     config, form = data.config, data.clip_format
     _refuse_missing_files([*data.train_clips, *data.validation_clips], config)
     _check_cuda_graph(data)
+    check_backend(
+        config.train.attention,
+        num_heads=data.facts.num_heads,
+        head_dim=data.facts.head_dim,
+        dtype=data.dtype,
+        device=data.device,
+    )
     tokens = data.facts.num_tokens(form.num_frames, form.height, form.width)
     plans = [
         predict(
@@ -187,6 +221,7 @@ def _add_training(data: DataPlan, num_parameters: int, num_trainable: int) -> Tr
             tokens=tokens,
             batch_size=config.train.batch_size,
             dtype=data.dtype,
+            num_float8=num_float8,
         )
         for activations in ACTIVATIONS_FAST_TO_SLOW
     ]
@@ -201,5 +236,6 @@ def _add_training(data: DataPlan, num_parameters: int, num_trainable: int) -> Tr
         memory=choose_activations(plans, config.memory.mode, free),
         free_bytes=free,
         compiled=compiled,
+        num_float8=num_float8,
         autocast=num_parameters == 0 and data.dtype != torch.float32,
     )

@@ -20,6 +20,7 @@ from diffusers import (
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from cogtune.errors import UserError
+from cogtune.models import ModelFacts, make_facts
 
 _TRANSFORMER = {
     "in_channels": 16,
@@ -84,18 +85,57 @@ def write_random_pipeline(
         raise UserError(f"{folder}: exists and is not empty; choose another folder")
     transformer_config, vae_config, snr_shift = ARCHITECTURES[model]
     torch.manual_seed(seed)
-    tokenizer = _make_tokenizer(vocabulary=512 if model.startswith("tiny") else 4096)
+    tokenizer = make_tokenizer(vocabulary=512 if model.startswith("tiny") else 4096)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with device or torch.device("cpu"):
             transformer = CogVideoXTransformer3DModel(**transformer_config)
             vae = AutoencoderKLCogVideoX(**vae_config)
-            encoder = T5EncoderModel(_text_config(transformer_config["text_embed_dim"], len(tokenizer), text_encoder))
+            encoder = T5EncoderModel(
+                make_text_config(transformer_config["text_embed_dim"], len(tokenizer), text_encoder)
+            )
     finally:
         torch.set_default_dtype(default)
     _make_lively(transformer)
-    scheduler = CogVideoXDDIMScheduler(
+    scheduler = _make_scheduler(snr_shift)
+    pipeline = CogVideoXPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder.to(dtype),  # pyright: ignore[reportArgumentType]
+        vae=vae,
+        transformer=transformer,
+        scheduler=scheduler,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+
+
+def make_random_transformer(
+    model: str, *, seed: int, device: torch.device, dtype: torch.dtype, **changes: Any
+) -> CogVideoXTransformer3DModel:
+    """A frozen transformer of a released size, made on the device; `changes` to its config, such as `num_layers=2`."""
+    torch.manual_seed(seed)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            transformer = CogVideoXTransformer3DModel(**ARCHITECTURES[model][0] | changes)
+    finally:
+        torch.set_default_dtype(default)
+    _make_lively(transformer)
+    return transformer.requires_grad_(False).eval()
+
+
+def make_architecture_facts(model: str, **changes: Any) -> ModelFacts:
+    """What a run must know of a released size, without a folder."""
+    transformer, vae, snr_shift = ARCHITECTURES[model]
+    with torch.device("meta"):
+        transformer_config = dict(CogVideoXTransformer3DModel(**transformer | changes).config)
+        vae_config = dict(AutoencoderKLCogVideoX(**vae).config)
+    return make_facts(Path(model), transformer_config, vae_config, dict(_make_scheduler(snr_shift).config))
+
+
+def _make_scheduler(snr_shift: float) -> CogVideoXDDIMScheduler:
+    return CogVideoXDDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -107,14 +147,6 @@ def write_random_pipeline(
         rescale_betas_zero_snr=True,
         snr_shift_scale=snr_shift,
     )
-    pipeline = CogVideoXPipeline(
-        tokenizer=tokenizer,
-        text_encoder=encoder.to(dtype),  # pyright: ignore[reportArgumentType]
-        vae=vae,
-        transformer=transformer,
-        scheduler=scheduler,
-    )
-    pipeline.save_pretrained(folder, safe_serialization=True)
 
 
 def _make_lively(transformer: ModelMixin) -> None:
@@ -125,7 +157,8 @@ def _make_lively(transformer: ModelMixin) -> None:
                 parameter.add_(0.02 * torch.randn_like(parameter))
 
 
-def _text_config(width: int, vocabulary: int, size: Literal["small", "full"]) -> T5Config:
+def make_text_config(width: int, vocabulary: int, size: Literal["small", "full"]) -> T5Config:
+    """A T5 encoder of T5-XXL's size, or one small layer of the right width."""
     if size == "full":
         return T5Config(
             vocab_size=32128,
@@ -149,7 +182,7 @@ def _text_config(width: int, vocabulary: int, size: Literal["small", "full"]) ->
     )
 
 
-def _make_tokenizer(vocabulary: int) -> T5Tokenizer:
+def make_tokenizer(vocabulary: int) -> T5Tokenizer:
     """A T5 tokenizer of English, learned from the Python documentation that every interpreter carries."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 

@@ -58,13 +58,19 @@ def write_report(folder: Path, config: RunConfig, train: Sequence[Entry], valida
             for entry in entries[:_MAX_ROWS]
         ],
         num_hidden=max(0, len(train) - _MAX_ROWS) + max(0, len(validation) - _MAX_ROWS),
-        config=yaml.safe_dump(config.to_plain(), sort_keys=False),
+        config=_read_config(folder, config),
     )
     path = folder / "report.html"
     temporary = folder / ".report.partial"
     temporary.write_text(page, encoding="utf-8")
     temporary.replace(path)
     return path
+
+
+def _read_config(folder: Path, config: RunConfig) -> str:
+    """The run's own file, which says what `auto` came to."""
+    path = folder / "config.yaml"
+    return path.read_text(encoding="utf-8") if path.is_file() else yaml.safe_dump(config.to_plain(), sort_keys=False)
 
 
 def _version() -> str:
@@ -82,6 +88,8 @@ def _summarise(
     config: RunConfig, steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]
 ) -> list[tuple[str, str]]:
     rows = [("model", config.model.path)]
+    if config.train.float8_base:
+        rows.append(("frozen base", "multiplied by in float8 (train.float8_base)"))
     if steps:
         last, seconds = steps[-1], sorted(row["step_seconds"] for row in steps[1:] or steps)
         rows += [

@@ -15,6 +15,8 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
+from cogtune.attention import install_attention
+from cogtune.attention_backends import Backend, BackendTiming, activate, choose_backend, measure_backends
 from cogtune.checkpoint import Checkpoint, CheckpointFolder, find_differences, read_checkpoint
 from cogtune.config import RunConfig
 from cogtune.dataset import Batch, PositionSampler, TrainingSet, make_loader
@@ -23,6 +25,7 @@ from cogtune.draws import derive_seed
 from cogtune.ema import Ema
 from cogtune.errors import UserError
 from cogtune.execution import configure_blocks
+from cogtune.frozen import quantize_base
 from cogtune.memory import explain_out_of_memory
 from cogtune.optimization import StepGuard, make_optimizer
 from cogtune.plan import DataPlan, TrainingPlan
@@ -44,6 +47,7 @@ _FREE_SETTINGS = frozenset(
         "memory",
         "model.device",
         "train.compile",
+        "train.attention",
         "train.batch_size",
         "train.gradient_accumulation_steps",  # their product with the processes is compared instead
         "data.manifest",
@@ -172,6 +176,10 @@ class Run:
         torch.backends.cuda.matmul.allow_tf32 = config.memory.allow_tf32
         set_seed(config.train.seed)
         transformer = trained.transformer.to(accelerator.device)
+        backend = self._choose_attention(transformer)
+        if plan.num_float8:
+            quantize_base(transformer)
+        self._note_ways(backend)
         configure_blocks(
             transformer, plan.memory.activations, compiled=plan.compiled, has_dropout=config.adapter.dropout > 0
         )
@@ -234,6 +242,36 @@ class Run:
             if finished:
                 validate(trainer.step)
         return finished
+
+    def _choose_attention(self, transformer: Any) -> Backend:
+        """Measures the attention kernels for this run's shape and takes one."""
+        plan, config, device = self.plan, self.config, self.accelerator.device
+        timings: dict[Backend, BackendTiming] = {}
+        if device.type == "cuda":
+            timings = measure_backends(
+                batch_size=config.train.batch_size,
+                num_heads=plan.facts.num_heads,
+                tokens=plan.tokens,
+                head_dim=plan.facts.head_dim,
+                dtype=plan.dtype,
+                device=device,
+            )
+        backend = choose_backend(config.train.attention, timings)
+        activate(backend)
+        install_attention(transformer, backend)
+        measured = ", ".join(f"{name} {1e3 * timing.total:.1f} ms" for name, timing in timings.items())
+        self.accelerator.print(f"attention   {backend}" + (f" (a layer's step: {measured})" if measured else ""))
+        return backend
+
+    def _note_ways(self, backend: Backend) -> None:
+        """Says in config.yaml what `auto` came to, and what is not exact."""
+        plan = self.plan
+        if self.accelerator.is_main_process:
+            how = "each block compiled" if plan.compiled else "not compiled"
+            base = ", frozen base in float8" if plan.num_float8 else ""
+            line = f"# Ran with: attention {backend}, activations {plan.memory.activations}, {how}{base}\n"
+            path = self.folder / "config.yaml"
+            path.write_text(line + path.read_text(encoding="utf-8"), encoding="utf-8")
 
     def finish(self, trained: Trained) -> None:
         """Writes `final/` and the report on the main process."""

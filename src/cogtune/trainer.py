@@ -53,7 +53,7 @@ class Trained(Protocol):
 
 
 @dataclass
-class _Recent:
+class Recent:
     """Samples since the last logging step, in case one of them turns out to be bad."""
 
     samples: list[tuple[int, torch.Tensor, Batch]] = field(default_factory=list)
@@ -96,6 +96,7 @@ class Trainer:
         self._saved_step = -1
         self._last_save = time.monotonic()
         self._stop_requested = False
+        self._gradients_checked = False
         self._pending_flags: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -119,16 +120,16 @@ class Trainer:
             ) as progress,
         ):
             batches = iter(self._make_loader(self.step))
-            recent = _Recent()
+            recent = Recent()
             self._model.train()
             while self.step < train.max_steps:
-                grad_norm = self._run_step(batches, recent)
+                grad_norm = self.run_step(batches, recent)
                 self.step += 1
                 progress.advance()
                 is_last = self.step == train.max_steps
                 if self.step % self._config.tracking.log_every_steps == 0 or is_last or self.step == 1:
                     progress.show(self._write_row(recent, grad_norm))
-                    recent = _Recent()
+                    recent = Recent()
                 stop, save = self._agree(is_last)
                 validate = every is not None and self.step % every == 0 and not is_last and not stop
                 if save or stop or is_last or validate:
@@ -143,7 +144,7 @@ class Trainer:
                     return False
         return True
 
-    def _run_step(self, batches: Iterator[Batch], recent: _Recent) -> torch.Tensor:
+    def run_step(self, batches: Iterator[Batch], recent: Recent) -> torch.Tensor:
         """One optimizer step over all micro-batches; returns the gradient norm on the device."""
         train, accelerator = self._config.train, self._accelerator
         rate = learning_rate_at(self.step, train.max_steps, self._config.optimizer.learning_rate, self._config.schedule)
@@ -179,9 +180,10 @@ class Trainer:
         self._accelerator.backward(losses.mean() * scale)
         return losses.detach()
 
-    def _write_row(self, recent: _Recent, grad_norm: torch.Tensor) -> dict[str, Any]:
+    def _write_row(self, recent: Recent, grad_norm: torch.Tensor) -> dict[str, Any]:
         """Waits for the device, checks what happened since the last row, and logs it."""
         self._check_finite(recent)
+        self._check_gradients_arrived()
         losses = torch.cat([losses for _, losses, _ in recent.samples]).mean()
         loss = self._accelerator.reduce(losses, reduction="mean")
         assert isinstance(loss, torch.Tensor)
@@ -201,7 +203,7 @@ class Trainer:
         self._log.write(row)
         return row
 
-    def _check_finite(self, recent: _Recent) -> None:
+    def _check_finite(self, recent: Recent) -> None:
         """Raises `UserError` naming the samples where loss or gradients were not finite; weights are the last good."""
         if not self._guard.has_failed():
             return
@@ -225,6 +227,32 @@ class Trainer:
             f"non-finite loss or gradients:\n       {listed}\n       the weights were not updated with them and the "
             "newest checkpoint is untouched; look at those clips and captions, or lower optimizer.learning_rate"
         )
+
+    def _check_gradients_arrived(self) -> None:
+        """Once, at the first row: raises `UserError` where a layer of a block never had any gradient but zero.
+
+        torch 2.11 compiled an autograd function that ended in a cast without effect to a gradient of zero: training
+        went on, and the layers before it learned nothing. AdamW's first moment remembers what came.
+        """
+        if self._gradients_checked or self.step <= self._guard.num_skipped:
+            return
+        self._gradients_checked = True
+        moments: dict[str, list[torch.Tensor]] = {}
+        for name, parameter in self._parameters.items():
+            moment = self._optimizer.state.get(parameter, {}).get("exp_avg")
+            if moment is not None and "transformer_blocks." in name:
+                # By layer: at the start one factor of an adapter is zero, and with it the other one's gradient.
+                layer = name.partition(".lora_")[0].removesuffix(".weight").removesuffix(".bias")
+                moments.setdefault(layer, []).append(moment.abs().max())
+        if not moments:
+            return
+        largest = torch.stack([torch.stack(values).max() for values in moments.values()]).tolist()
+        missing = [layer for layer, value in zip(moments, largest, strict=True) if not value]
+        if missing:
+            raise UserError(
+                f"no gradient reached {len(missing)} of {len(moments)} trained layers, such as {missing[0]}: PyTorch "
+                f"{torch.__version__} seems to compile the step wrongly; set train.compile=off, or take another release"
+            )
 
     def save_checkpoint(self) -> None:
         """Saves weights, optimizer and position on the main process, unless this step is saved already."""

@@ -94,6 +94,14 @@ SETTINGS = {
     "missing manifest": ({"data__manifest": "nowhere"}, ["data.manifest=nowhere", "no such file or folder"]),
     "frames": ({"data__num_frames": 16}, ["num_frames=16", "4k + 1", "13 or 17"]),
     "height": ({"data__height": 60}, ["height=60", "multiple of 16"]),
+    "float8 on a CPU": (
+        {"train__float8_base": "true", "model__device": "cpu"},
+        ["train.float8_base=true on a CPU", "8.9", "=false"],
+    ),
+    "kernel for GPUs": (
+        {"train__attention": "flash", "model__device": "cpu"},
+        ["train.attention=flash", "on a CPU", "auto or default"],
+    ),
     "targets": (
         {"adapter__target_modules": "to_queue"},
         ["adapter.target_modules", "'to_queue' matches no linear layer", "did you mean to_q?"],

@@ -1,7 +1,12 @@
 """GPU tests: skipped without CUDA. On a machine with a GPU: `python -m pytest tests/gpu`."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+import yaml
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -11,3 +16,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU; run `python -m pytest tests/gpu` on one"))
+
+
+@pytest.fixture
+def make_job(clips_folder: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Writes the config of a short run: `make_job(model_folder, train={"max_steps": 2})`."""
+
+    def make(model: Path, **sections: dict[str, Any]) -> Path:
+        values: dict[str, Any] = {
+            "model": {"path": str(model)},
+            "data": {"manifest": str(clips_folder), "cache_dir": str(tmp_path / "cache"), "validation_clips": 1},
+            "train": {"max_steps": 12},
+            "validation": {"prompts": ["waves"], "num_inference_steps": 2},
+            "checkpoint": {"every_steps": 6},
+            "tracking": {"log_every_steps": 4},
+            "output_dir": str(tmp_path / "run"),
+        }
+        for section, settings in sections.items():
+            values[section] = values.get(section, {}) | settings
+        path = tmp_path / "job.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    return make

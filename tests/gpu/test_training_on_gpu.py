@@ -9,18 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from cogtune import models
 from cogtune.adapter import adapter_parameters, add_lora
+from cogtune.attention import install_attention
 from cogtune.config import AdapterSettings
 from cogtune.execution import Activations, configure_blocks
 from cogtune.trainer import Trainer
 
 WIDTH, TOKENS_TEXT = 512, 226
+LOSS_SCALE = 1024.0
 
 
-def make_blocks(dtype: torch.dtype, seed: int = 0) -> torch.nn.Module:
+def make_blocks(dtype: torch.dtype, seed: int = 0, settings: AdapterSettings | None = None) -> Any:
     """A transformer of 5B's kind, two layers of eight heads, with an adapter that has left its start."""
     from diffusers import CogVideoXTransformer3DModel
 
@@ -30,7 +31,7 @@ def make_blocks(dtype: torch.dtype, seed: int = 0) -> torch.nn.Module:
             num_attention_heads=8, num_layers=2, text_embed_dim=64, use_rotary_positional_embeddings=True
         ).to(dtype)
     transformer.requires_grad_(False)
-    add_lora(transformer, AdapterSettings(rank=16), seed=1)
+    add_lora(transformer, settings or AdapterSettings(rank=16), seed=1)
     transformer.to("cuda")
     with torch.no_grad():
         for name, parameter in adapter_parameters(transformer).items():
@@ -59,20 +60,21 @@ def compute_loss(transformer: torch.nn.Module) -> torch.Tensor:
 
 
 def loss_and_gradients(transformer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both in float64."""
+    """Both in float64; a scale keeps float16's gradients in its range, and changes no bit of the others'."""
     transformer.zero_grad(set_to_none=True)
     loss = compute_loss(transformer)
-    loss.backward()
+    (loss * LOSS_SCALE).backward()
     gradients = [p.grad.flatten().double() for p in adapter_parameters(transformer).values() if p.grad is not None]
-    return loss.detach().double(), torch.cat(gradients)
+    return loss.detach().double(), torch.cat(gradients) / LOSS_SCALE
 
 
-@pytest.mark.parametrize("activations", ["keep_all", "keep_attention", "recompute"])
+@pytest.mark.parametrize("activations", ["keep_all", "keep_products", "keep_attention", "recompute"])
 def test_compiled_low_precision_is_near_eager_float32(activations: Activations) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     loss, gradients = loss_and_gradients(make_blocks(torch.float32))
     plain_loss, plain = loss_and_gradients(make_blocks(torch.bfloat16))
     fast = make_blocks(torch.bfloat16)
+    install_attention(fast, "default")
     configure_blocks(fast, activations, compiled=True, has_dropout=False)
     fast_loss, fast_gradients = loss_and_gradients(fast)
     error = (fast_gradients - gradients).norm() / gradients.norm()
@@ -86,9 +88,10 @@ def test_compiled_low_precision_is_near_eager_float32(activations: Activations) 
 def test_each_rung_keeps_less_memory_and_nothing_is_compiled_again() -> None:
     """What is kept between forward and backward; the peak of so few layers is a block's own workspace."""
     kept = {}
-    for activations in ("keep_all", "keep_attention", "recompute"):
+    for activations in ("keep_all", "keep_products", "keep_attention", "recompute"):
         torch._dynamo.reset()
         transformer = make_blocks(torch.bfloat16)
+        install_attention(transformer, "default")
         configure_blocks(transformer, activations, compiled=True, has_dropout=False)
         loss_and_gradients(transformer)
         transformer.zero_grad(set_to_none=True)
@@ -98,28 +101,7 @@ def test_each_rung_keeps_less_memory_and_nothing_is_compiled_again() -> None:
             loss = compute_loss(transformer)
             kept[activations] = torch.cuda.memory_allocated() - before
             loss.backward()
-    assert kept["recompute"] < kept["keep_attention"] < kept["keep_all"]
-
-
-@pytest.fixture
-def make_job(clips_folder: Path, tmp_path: Path) -> Callable[..., Path]:
-    def make(model: Path, **sections: dict[str, Any]) -> Path:
-        values: dict[str, Any] = {
-            "model": {"path": str(model)},
-            "data": {"manifest": str(clips_folder), "cache_dir": str(tmp_path / "cache"), "validation_clips": 1},
-            "train": {"max_steps": 12},
-            "validation": {"prompts": ["waves"], "num_inference_steps": 2},
-            "checkpoint": {"every_steps": 6},
-            "tracking": {"log_every_steps": 4},
-            "output_dir": str(tmp_path / "run"),
-        }
-        for section, settings in sections.items():
-            values[section] = values.get(section, {}) | settings
-        path = tmp_path / "job.yaml"
-        path.write_text(yaml.safe_dump(values))
-        return path
-
-    return make
+    assert kept["recompute"] < kept["keep_attention"] < kept["keep_products"] <= 1.05 * kept["keep_all"], kept
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -164,11 +146,12 @@ def test_a_replayed_pass_equals_a_plain_one(
     assert losses[True] == pytest.approx(losses[False], rel=2e-3)
 
 
+@pytest.mark.parametrize("float8", [False, True])
 def test_no_step_waits_for_the_device(
-    make_job: Callable[..., Path], run_command: Any, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+    float8: bool, make_job: Callable[..., Path], run_command: Any, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With CUDA's synchronisation check set to raise inside every step, training goes through."""
-    run_step = Trainer._run_step
+    run_step = Trainer.run_step
     steps = []
 
     def watched(self: Trainer, *args: Any) -> Any:
@@ -180,9 +163,11 @@ def test_no_step_waits_for_the_device(
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(Trainer, "_run_step", watched)
-    settings = {"enabled": False}
-    outcome = run_command("train/lora.py", "--config", make_job(tiny_folder, validation=settings))
+    monkeypatch.setattr(Trainer, "run_step", watched)
+    if float8 and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs compute capability 8.9 or newer")
+    job = make_job(tiny_folder, validation={"enabled": False}, train={"float8_base": float8})
+    outcome = run_command("train/lora.py", "--config", job)
     assert outcome.code == 0, outcome.err
     assert len(steps) == 12
 

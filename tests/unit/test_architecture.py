@@ -23,7 +23,7 @@ GROUND = {
     "frame_convolution",
 }  # fmt: skip
 LOOP = {"trainer"}
-RUN = {"run"}
+RUN = {"run", "benchmark"}
 
 
 @cache

@@ -245,6 +245,10 @@ def test_differences_are_named_by_key() -> None:
     assert find_differences(saved, current, free) == ["adapter.new: None -> 1", "train.seed: 1 -> 2"]
     assert find_differences(saved, saved, frozenset()) == []
     assert find_differences({"a": 1}, {}, frozenset()) == ["a: 1 -> None"]
+    newer = {"train": {"seed": 1, "float8_base": False}}
+    assert find_differences({"train": {"seed": 1}}, newer, frozenset()) == [], "off is what the run did"
+    newer["train"]["float8_base"] = True
+    assert find_differences({"train": {"seed": 1}}, newer, frozenset()) == ["train.float8_base: None -> True"]
 
 
 def test_the_checkpoint_just_written_is_never_rotated_away(tmp_path: Path) -> None:

@@ -66,9 +66,22 @@ def test_arithmetic(tiny_folder: Path, activations: str) -> None:
     assert f"{activations}: {plan.total / GIB:.1f} GiB" in plan.describe()
 
 
+def test_float8_weights_are_kept_once_for_each_direction(tiny_folder: Path) -> None:
+    """Two bytes a weight: nothing is saved beside 16 bits, half beside 32."""
+    facts = read_facts(tiny_folder)
+    sizes = {"num_parameters": 1000, "num_trainable": 10, "tokens": 100, "batch_size": 1}
+    weights = {
+        (dtype, count): predict(facts, "recompute", dtype=dtype, num_float8=count, **sizes).weights
+        for dtype in (torch.bfloat16, torch.float32)
+        for count in (0, 600)
+    }
+    assert weights[torch.bfloat16, 600] == weights[torch.bfloat16, 0] == 2000
+    assert weights[torch.float32, 0] == 4000 and weights[torch.float32, 600] == 400 * 4 + 600 * 2
+
+
 def test_faster_plans_need_more(tiny_folder: Path) -> None:
     units = [KEPT_UNITS[activations] for activations in ACTIVATIONS_FAST_TO_SLOW]
-    assert units == sorted(units, reverse=True) and len(set(units)) == 3 == len(KEPT_UNITS)
+    assert units == sorted(units, reverse=True) and len(set(units)) == 4 == len(KEPT_UNITS)
 
 
 def make_plans(*totals_gib: float) -> list[MemoryPlan]:
@@ -80,37 +93,43 @@ def make_plans(*totals_gib: float) -> list[MemoryPlan]:
 
 @pytest.mark.parametrize(
     "free_gib, expected",
-    [(100.0, "keep_all"), (40.0 / MARGIN + 0.01, "keep_all"), (40.0, "keep_attention"), (11.0, "recompute")],
+    [
+        (100.0, "keep_all"),
+        (40.0 / MARGIN + 0.01, "keep_all"),
+        (40.0, "keep_products"),
+        (30.0, "keep_attention"),
+        (11.0, "recompute"),
+    ],
 )
 def test_the_fastest_plan_that_fits_is_chosen(free_gib: float, expected: str) -> None:
-    assert choose_activations(make_plans(40, 20, 10), "auto", int(free_gib * GIB)).activations == expected
+    assert choose_activations(make_plans(40, 30, 20, 10), "auto", int(free_gib * GIB)).activations == expected
 
 
 def test_a_given_mode_is_taken_whatever_is_free() -> None:
     for mode in ACTIVATIONS_FAST_TO_SLOW:
-        assert choose_activations(make_plans(40, 20, 10), mode, GIB).activations == mode
+        assert choose_activations(make_plans(40, 30, 20, 10), mode, GIB).activations == mode
 
 
 def test_a_cpu_keeps_what_is_small_and_refuses_nothing() -> None:
     assert free_device_bytes(torch.device("cpu")) is None
-    assert choose_activations(make_plans(40, 20, 10), "auto", None).activations == "recompute"
-    assert choose_activations(make_plans(40, 1.5, 1), "auto", None).activations == "keep_attention"
-    assert choose_activations(make_plans(1.5, 1, 0.5), "auto", None).activations == "keep_all"
+    assert choose_activations(make_plans(40, 30, 20, 10), "auto", None).activations == "recompute"
+    assert choose_activations(make_plans(40, 30, 1.5, 1), "auto", None).activations == "keep_attention"
+    assert choose_activations(make_plans(1.5, 1.2, 1, 0.5), "auto", None).activations == "keep_all"
 
 
 def test_what_does_not_fit_is_refused_with_the_settings_to_turn() -> None:
     with pytest.raises(UserError) as caught:
-        choose_activations(make_plans(40, 20, 10), "auto", 8 * GIB)
+        choose_activations(make_plans(40, 30, 20, 10), "auto", 8 * GIB)
     for part in ("needs 10.0 GiB", "8.0 GiB are free", "train.batch_size", "adapter.rank", "memory.mode=recompute"):
         assert part in str(caught.value)
 
 
 def test_out_of_memory_names_what_is_left_to_turn() -> None:
-    plans = make_plans(40, 20, 10)
+    plans = make_plans(40, 30, 20, 10)
     error = torch.OutOfMemoryError("Tried to allocate 2 GiB\nand more lines")
     text = explain_out_of_memory(plans[0], error)
     for part in ("planned 40.0 GiB", "memory.mode=keep_all", "Tried to allocate 2 GiB", "memory.mode=recompute"):
         assert part in text
     assert "and more lines" not in text
-    assert "memory.mode=recompute;" not in explain_out_of_memory(plans[2], error), "that is what it ran with"
-    assert "train.batch_size=1" in explain_out_of_memory(plans[2], error)
+    assert "memory.mode=recompute;" not in explain_out_of_memory(plans[-1], error), "that is what it ran with"
+    assert "train.batch_size=1" in explain_out_of_memory(plans[-1], error)

@@ -1,0 +1,120 @@
+"""What makes sampling fast, and when each part of it is on without being asked for.
+
+Exact, up to rounding: blocks compiled on one joined sequence (`joint_blocks`), adapters merged into the weights, whole
+videos decoded in channels-last memory (`vae/frame_coder`). Not exact, and never on by itself: float8, step caches.
+"""
+
+from typing import Any, Literal
+
+import torch
+from diffusers import CogVideoXPipeline
+
+from cogtune.attention import fuse_projections
+from cogtune.attention_backends import Backend, activate, is_installed, measure_backends
+from cogtune.errors import UserError
+from cogtune.float8 import check_float8_device
+from cogtune.frozen import Float8Base, quantize_base
+from cogtune.joint_blocks import join_blocks
+from cogtune.models import ModelFacts
+from cogtune.step_cache import CacheSettings, StepCache
+from cogtune.vae.frame_coder import FrameCoder
+
+Switch = Literal["auto", "on", "off"]
+Quantization = Literal["none", "int8", "float8"]
+Offload = Literal["none", "model", "sequential"]
+
+COMPILE_FROM_STEPS = 50
+"""Compiling a block takes some 15 s once; 5B saves about 0.4 s a step with guidance, so one whole video pays for it."""
+WHOLE_DECODE_GIB = 24
+"""Free memory from which videos of the released size are decoded in one piece: the decoder takes up to 16 GiB."""
+
+
+def decide_compile(wanted: Switch, *, device: torch.device, offload: Offload, num_steps: int) -> bool:
+    """Whether blocks are compiled: `auto` does from 50 sampling steps in all (videos x steps) on, on a GPU."""
+    if offload == "sequential":
+        if wanted == "on":
+            raise UserError("--compile on: can't go with --offload sequential, which moves single layers; use model")
+        return False
+    return wanted == "on" or (wanted == "auto" and device.type == "cuda" and num_steps >= COMPILE_FROM_STEPS)
+
+
+def decide_tiling(wanted: Switch, device: torch.device) -> bool:
+    """Whether decoding goes by tiles: `auto` does where a GPU has too little free memory for a whole video."""
+    if wanted != "auto" or device.type != "cuda":
+        return wanted == "on"
+    return torch.cuda.mem_get_info(device)[0] < WHOLE_DECODE_GIB << 30
+
+
+def merge_adapters(pipeline: CogVideoXPipeline) -> None:
+    """Adds the adapters to the weights, which rounds them once; sampling then costs what the base model costs."""
+    if getattr(pipeline.transformer, "peft_config", None):
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+
+
+def quantize_transformer(transformer: Any, kind: Quantization, device: torch.device) -> None:
+    """Makes the blocks' linear layers smaller, in place; adapters must be merged before.
+
+    int8: weights only, with torchao: less memory, not faster. float8: weights and inputs, faster.
+    """
+    if kind == "float8":
+        check_float8_device(device)
+        for block in transformer.transformer_blocks:
+            fuse_projections(block.to(device).attn1)
+        quantize_for_inference(transformer)
+    elif kind == "int8":
+        try:
+            from torchao.quantization import Int8WeightOnlyConfig, quantize_  # pyright: ignore[reportMissingImports]
+        except ImportError:  # an optional extra
+            raise UserError("--quantize int8: torchao is not installed; pip install 'cogtune[quantize]'") from None
+        quantize_(
+            transformer.transformer_blocks,
+            Int8WeightOnlyConfig(),
+            filter_fn=lambda module, name: isinstance(module, torch.nn.Linear) and "norm" not in name,
+        )
+
+
+def quantize_for_inference(transformer: Any) -> int:
+    """Makes the blocks' linear layers float8 and keeps what the forward pass reads; returns how many."""
+    replaced = quantize_base(transformer)
+    for module in transformer.modules():
+        if isinstance(module, Float8Base):
+            module.transposed = module.transposed.new_empty(0)
+    return replaced
+
+
+def choose_sampling_backend(facts: ModelFacts, tokens: int, dtype: torch.dtype, device: torch.device) -> Backend:
+    """The attention kernel that is fastest forward, for two halves of so many tokens, made active for the process.
+
+    PyTorch's own choice where no other package offers one: nothing is measured then.
+    """
+    if device.type != "cuda" or not (is_installed("flash3") or is_installed("flash4")):
+        return "default"
+    timings = measure_backends(
+        batch_size=2, num_heads=facts.num_heads, tokens=tokens, head_dim=facts.head_dim, dtype=dtype, device=device
+    )
+    best: Backend = "default"
+    for name, timing in timings.items():
+        if best == "default" or timing.forward < timings[best].forward:
+            best = name
+    activate(best)
+    return best
+
+
+def accelerate(
+    pipeline: CogVideoXPipeline,
+    *,
+    compiled: bool,
+    cache: CacheSettings | None,
+    coded: bool,
+    backend: Backend = "default",
+) -> FrameCoder | None:
+    """Sets up sampling on a placed pipeline; returns what decodes the videos, or None where the stock decoder does.
+
+    `coded`: decode with `FrameCoder`, which needs the whole autoencoder on the device.
+    """
+    if compiled or cache is not None:
+        steps = StepCache(cache) if cache else None
+        join_blocks(pipeline.transformer, compiled=compiled, cache=steps, backend=backend)
+    # Trying convolution algorithms takes longer than a few videos gain by it.
+    return FrameCoder(pipeline.vae, tune_convolutions=False) if coded else None

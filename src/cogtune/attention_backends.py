@@ -1,0 +1,179 @@
+"""Which attention kernel a run takes: measured on its own shape and device before the first step."""
+
+import contextlib
+import importlib.util
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.attention as torch_attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from cogtune.errors import UserError
+
+Backend = Literal["default", "cudnn", "flash", "efficient", "flash3", "flash4"]
+
+SDPA_BACKENDS: dict[Backend, list[SDPBackend]] = {
+    "default": [],
+    "cudnn": [SDPBackend.CUDNN_ATTENTION],
+    "flash": [SDPBackend.FLASH_ATTENTION],
+    "efficient": [SDPBackend.EFFICIENT_ATTENTION],
+    "flash3": [SDPBackend.FLASH_ATTENTION],
+    "flash4": [SDPBackend.FLASH_ATTENTION],
+}
+# Packages that take over PyTorch's flash backend once they are activated.
+_PACKAGES: dict[Backend, tuple[str, str]] = {
+    "flash3": ("FA3", "flash_attn_interface"),
+    "flash4": ("FA4", "flash_attn.cute"),
+}
+CLEARLY_FASTER = 0.95
+"""A backend takes the place of the one before it in the list only below this part of its time, so that noise in the
+measurement does not change the kernel, and with it the last bits of a result, between a run and its continuation."""
+_CANDIDATES: tuple[Backend, ...] = ("cudnn", "flash", "efficient", "flash3", "flash4")
+_REPEATS = 3
+_PROBE_TOKENS = 256
+# What kernels and the packages around them raise for a shape, a precision or a device that they don't take.
+_REFUSALS = (RuntimeError, ImportError, AssertionError, ValueError, TypeError, AttributeError, NotImplementedError)
+
+
+@dataclass(frozen=True)
+class BackendTiming:
+    """Seconds of one attention layer, forward and backward."""
+
+    forward: float
+    backward: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward
+
+
+def is_installed(backend: Backend) -> bool:
+    """Whether the package behind a backend can be imported and this PyTorch can hand attention to it."""
+    if backend not in _PACKAGES:
+        return True
+    module = _PACKAGES[backend][1]
+    with contextlib.suppress(ModuleNotFoundError):  # a missing parent package
+        found = importlib.util.find_spec(module) is not None
+        return found and hasattr(torch_attention, "activate_flash_attention_impl")
+    return False
+
+
+def activate(backend: Backend) -> None:
+    """Makes PyTorch's flash backend the one that `backend` means, for this process."""
+    if backend in _PACKAGES:
+        torch_attention.activate_flash_attention_impl(_PACKAGES[backend][0])
+    elif getattr(torch_attention, "current_flash_attention_impl", lambda: None)() is not None:
+        torch_attention.restore_flash_attention_impl()
+
+
+@contextlib.contextmanager
+def activated(backend: Backend) -> Iterator[None]:
+    """`activate` for a while."""
+    activate(backend)
+    try:
+        yield
+    finally:
+        activate("default")
+
+
+def check_backend(
+    wanted: Literal["auto"] | Backend, *, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raises `UserError` for a backend that can't run here, after a try on a few tokens; no weight is loaded for it."""
+    if wanted in ("auto", "default"):
+        return
+    if device.type != "cuda":
+        raise UserError(f"train.attention={wanted}: a kernel for GPUs, and this run is on a CPU; use auto or default")
+    if not is_installed(wanted):
+        raise UserError(
+            f"train.attention={wanted}: PyTorch {torch.__version__} finds no package {_PACKAGES[wanted][1]!r} that it "
+            "can hand attention to; install it, or use auto"
+        )
+    timings = measure_backends(
+        batch_size=1,
+        num_heads=num_heads,
+        tokens=_PROBE_TOKENS,
+        head_dim=head_dim,
+        dtype=dtype,
+        device=device,
+        candidates=(wanted,),
+    )
+    if wanted not in timings:
+        raise UserError(
+            f"train.attention={wanted}: does not run on {torch.cuda.get_device_name(device)} in "
+            f"{str(dtype).removeprefix('torch.')} with heads of {head_dim}; use auto"
+        )
+
+
+def measure_backends(
+    *,
+    batch_size: int,
+    num_heads: int,
+    tokens: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    candidates: tuple[Backend, ...] | None = None,
+) -> dict[Backend, BackendTiming]:
+    """Seconds by backend for those that take this shape on this device; on a CPU the default alone."""
+    if candidates is None:
+        candidates = _CANDIDATES if device.type == "cuda" else ("default",)
+    # The layout that the projections leave: heads beside one another within a token.
+    shape = (batch_size, tokens, num_heads, head_dim)
+    generator = torch.Generator(device).manual_seed(0)
+    query, key, value, grad = (
+        torch.randn(shape, device=device, dtype=dtype, generator=generator).transpose(1, 2) for _ in range(4)
+    )
+    inputs = (query.requires_grad_(), key.requires_grad_(), value.requires_grad_())
+    found: dict[Backend, BackendTiming] = {}
+    for backend in candidates:
+        if not is_installed(backend):
+            continue
+        try:
+            with activated(backend):
+                found[backend] = _measure(backend, inputs, grad, device)
+        except _REFUSALS:
+            continue
+    return found
+
+
+def _measure(
+    backend: Backend, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], grad: torch.Tensor, device: torch.device
+) -> BackendTiming:
+    best = (float("inf"), float("inf"))
+    backends = SDPA_BACKENDS[backend]
+    with sdpa_kernel(backends) if backends else contextlib.nullcontext():
+        for _ in range(1 + _REPEATS):
+            marks = [_now(device)]
+            y = torch.nn.functional.scaled_dot_product_attention(inputs[0], inputs[1], inputs[2])
+            marks.append(_now(device))
+            torch.autograd.grad(y, inputs, grad)
+            marks.append(_now(device))
+            best = min(best, (marks[1] - marks[0], marks[2] - marks[1]), key=sum)
+    return BackendTiming(*best)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def choose_backend(wanted: Literal["auto"] | Backend, timings: dict[Backend, BackendTiming]) -> Backend:
+    """The fastest of the measured backends, or the wanted one; raises `UserError` where that one can't be had."""
+    if wanted != "auto":
+        if wanted not in timings and wanted != "default":
+            known = ", ".join(["default", *timings])
+            raise UserError(
+                f"train.attention={wanted}: does not run here for this shape and precision; these do: {known}. "
+                "Choose one of them, or auto"
+            )
+        return wanted
+    best: Backend = "default"
+    for backend, timing in timings.items():
+        if best == "default" or timing.total < CLEARLY_FASTER * timings[best].total:
+            best = backend
+    return best

@@ -1,0 +1,133 @@
+"""How far each way to run a step is from the plain float32 model: loss and adapter gradients on one batch.
+
+Two layers at full width; the float32 reference has the very weights of the low precision.
+"""
+
+import gc
+from typing import Any
+
+import torch
+
+from cogtune import diffusion
+from cogtune.adapter import adapter_parameters
+from cogtune.attention_backends import choose_backend, measure_backends
+from cogtune.benchmark.clock import attempt
+from cogtune.benchmark.variants import Variant, parse_variant, prepare_transformer
+from cogtune.config import AdapterSettings
+from cogtune.dataset import Batch
+from cogtune.denoiser import Denoiser
+from cogtune.models import ModelFacts
+from cogtune.random_pipeline import make_architecture_facts, make_random_transformer
+
+_LAYERS = {"num_layers": 2}
+_REFERENCE = "float32"
+
+
+def check_variants(
+    variants: list[Variant],
+    model: str,
+    size: tuple[int, int, int],
+    *,
+    rank: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Relative errors by variant; the plain model in the low precision, which has its own, comes first.
+
+    What fails has an `error` instead; the times that follow do not depend on it.
+    """
+    plain = parse_variant("keep_all+eager+stock_attention")
+    measured: dict[str, tuple[float, torch.Tensor]] = {}
+
+    def measure(name: str, variant: Variant, computed: torch.dtype) -> dict[str, Any]:
+        def work() -> dict[str, Any]:
+            measured[name] = _loss_and_gradients(variant, model, size, rank, device, (dtype, computed))
+            return {"loss": measured[name][0]}
+
+        row = attempt(work)
+        torch._dynamo.reset()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return row
+
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    results = {_REFERENCE: measure(_REFERENCE, plain, torch.float32)}
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    for variant in [plain, *(v for v in variants if not v.is_baseline)]:
+        row = results[variant.name] = measure(variant.name, variant, dtype)
+        if variant.name in measured and _REFERENCE in measured:
+            row |= _compare(measured.pop(variant.name), measured[_REFERENCE])
+    return results
+
+
+def _compare(found: tuple[float, torch.Tensor], reference: tuple[float, torch.Tensor]) -> dict[str, float]:
+    return {
+        "loss_error": abs(found[0] - reference[0]) / abs(reference[0]),
+        "gradient_error": float((found[1] - reference[1]).norm() / reference[1].norm()),
+    }
+
+
+def _loss_and_gradients(
+    variant: Variant,
+    model: str,
+    size: tuple[int, int, int],
+    rank: int,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> tuple[float, torch.Tensor]:
+    """Of weights made in the first type and computed with in the second; gradients in one float64 vector."""
+    dtype, computed = dtypes
+    facts = make_architecture_facts(model, **_LAYERS)
+    transformer = make_random_transformer(model, seed=0, device=device, dtype=dtype, **_LAYERS)
+    transformer.to(computed).train()  # pyright: ignore[reportArgumentType]
+    timings = measure_backends(
+        batch_size=1,
+        num_heads=facts.num_heads,
+        tokens=facts.num_tokens(*size),
+        head_dim=facts.head_dim,
+        dtype=computed,
+        device=device,
+    )
+    prepare_transformer(transformer, variant, AdapterSettings(rank=rank), choose_backend("auto", timings))
+    denoiser = Denoiser(
+        facts,
+        num_latent_frames=facts.latent_shape(*size)[0],
+        height=size[1],
+        width=size[2],
+        device=device,
+        dtype=computed,
+        min_snr_gamma=None,
+    )
+    loss = denoiser.losses(transformer, _make_batch(facts, size, device)).mean()
+    scale = 2.0**10 if computed == torch.float16 else 1.0
+    parameters = list(adapter_parameters(transformer).values())
+    gradients = torch.autograd.grad(loss * scale, parameters)
+    return loss.item(), torch.cat([g.flatten().double() for g in gradients]).cpu() / scale
+
+
+def _make_batch(facts: ModelFacts, size: tuple[int, int, int], device: torch.device) -> Batch:
+    generator = torch.Generator().manual_seed(3)
+    shape = (1, *facts.latent_shape(*size))
+    text = torch.randn(1, facts.max_text_length, facts.text_dim, generator=generator)
+    return Batch(
+        latents=torch.randn(shape, generator=generator),
+        noise=torch.randn(shape, generator=generator),
+        embeddings=text,
+        timesteps=torch.tensor([diffusion.NUM_TIMESTEPS // 2]),
+        positions=[0],
+        clips=[],
+        dropped=[],
+    ).to(device)
+
+
+def describe_check(results: dict[str, Any]) -> str:
+    """A line a variant."""
+    lines = []
+    for name, row in results.items():
+        text = row["error"] if "error" in row else f"loss {row['loss']:.6f}"
+        if "gradient_error" in row:
+            text += f", off by {row['loss_error']:.1e}; gradients by {row['gradient_error']:.1e}"
+        lines.append(f"{name:<40} {text}")
+    return "\n".join(lines)

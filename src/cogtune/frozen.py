@@ -1,0 +1,181 @@
+"""Frozen linear layers as training runs them: several behind one product, or in float8; with a low-rank update.
+
+In float8 (e4m3), weights are quantized once for each direction, activations and their gradients at every call, each
+row with its own scale. A weight gradient is never made. The update is computed from the unquantized input.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import CogVideoXTransformer3DModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from cogtune.float8 import quantize_rows
+from cogtune.low_rank import adapted_linear
+
+Update = tuple[Tensor, Tensor]
+_FLOAT8_MULTIPLE = 16
+
+
+class FrozenLinear(nn.Module):
+    """A linear layer over memory that other layers' weights are views of; in no state dict."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class Float8Base(nn.Module):
+    """A frozen linear layer in float8, forward and for the gradient of its input."""
+
+    weight: Tensor
+    scale: Tensor
+    transposed: Tensor
+    transposed_scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        rows, scale = quantize_rows(weight)
+        columns, column_scale = quantize_rows(weight.t())
+        self._hold(rows, scale.t(), columns.contiguous(), column_scale.t(), bias)
+
+    def _hold(self, weight: Tensor, scale: Tensor, transposed: Tensor, transposed_scale: Tensor, bias: Any) -> None:
+        self.register_buffer("weight", weight, persistent=False)  # [out, in]
+        self.register_buffer("scale", scale.contiguous(), persistent=False)  # float32 [1, out]
+        self.register_buffer("transposed", transposed, persistent=False)  # [in, out]
+        self.register_buffer("transposed_scale", transposed_scale.contiguous(), persistent=False)  # float32 [1, in]
+        self.register_buffer("bias", bias, persistent=False)
+
+    def part(self, start: int, stop: int) -> "Float8Base":
+        """The layer of some of the outputs, on the same memory."""
+        layer = Float8Base.__new__(Float8Base)
+        nn.Module.__init__(layer)
+        bias = None if self.bias is None else self.bias[start:stop]
+        columns = self.transposed[:, start:stop]
+        layer._hold(self.weight[start:stop], self.scale[:, start:stop], columns, self.transposed_scale, bias)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out] in the input's type."""
+        y = _Float8Product.apply(
+            x.flatten(0, -2), self.weight, self.scale, self.transposed, self.transposed_scale, self.bias
+        )
+        assert isinstance(y, Tensor)
+        return y.unflatten(0, x.shape[:-1])
+
+
+class _Float8Product(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        transposed: Tensor,
+        transposed_scale: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(transposed, transposed_scale)
+        return multiply_rows(x, weight, scale, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        transposed, transposed_scale = ctx.saved_tensors
+        return multiply_rows(grad, transposed, transposed_scale, None), None, None, None, None, None
+
+
+def multiply_rows(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """`x` [M, K], quantized here, times float8 `weight` [N, K] with `scale` [1, N]; in the type of `x`."""
+    rows, row_scale = quantize_rows(x)
+    if not rows.is_cuda:  # the same arithmetic, for tests
+        y = (rows.float() @ weight.float().t()) * row_scale * scale
+        y = y if bias is None else y + bias
+    else:
+        y = torch._scaled_mm(
+            rows.contiguous(),
+            weight.t(),
+            scale_a=row_scale,
+            scale_b=scale,
+            bias=None if bias is None else bias.to(torch.bfloat16),
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )
+    # Not `y.to(x.dtype)` alone: torch 2.11 compiles an autograd function that ends in a cast without effect to one with
+    # a gradient of zero.
+    return y if y.dtype == x.dtype else y.to(x.dtype)
+
+
+def is_frozen(layer: nn.Module) -> bool:
+    """Whether a layer's weight is never trained, so that no gradient has to be made for it."""
+    return isinstance(layer, FrozenLinear | Float8Base) or not any(p.requires_grad for p in layer.parameters())
+
+
+def apply_updated(layer: Any, x: Tensor, update: Update) -> Tensor:
+    """A frozen layer (`nn.Linear` or one of this module's) with a low-rank update (down, up) in the type of `x`."""
+    if not isinstance(layer, Float8Base):
+        return adapted_linear(x, layer.weight, layer.bias, *update)
+    down, up = update
+    y = torch.addmm(layer(x).flatten(0, -2), x.flatten(0, -2) @ down.t(), up.t())
+    return y.unflatten(0, x.shape[:-1])
+
+
+@torch.no_grad()
+def quantize_base(transformer: CogVideoXTransformer3DModel) -> int:
+    """Replaces the frozen linear layers of all blocks by float8 ones and frees their weights; returns how many.
+
+    The modulation's layers stay: they see one token, and all tokens depend on them. Adapters stay as they are.
+    """
+    replaced = 0
+    for block in transformer.transformer_blocks:
+        attention: Any = block.attn1
+        fused = getattr(attention, "qkv", None)
+        if fused is not None:
+            whole = attention.qkv = Float8Base(fused.weight, fused.bias)
+            size = len(whole.weight) // 3
+            for number, name in enumerate(("to_q", "to_k", "to_v")):
+                _replace_base(attention, name, whole.part(number * size, (number + 1) * size))
+            replaced += 3
+        for parent, name in _inner_linears(block):
+            layer = getattr(parent, name)
+            base: Any = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+            if type(base) is nn.Linear and is_frozen(base) and not _sizes_unfit(base):
+                _replace_base(parent, name, Float8Base(base.weight, base.bias))
+                replaced += 1
+    return replaced
+
+
+def count_float8_parameters(transformer: CogVideoXTransformer3DModel) -> int:
+    """Weights that `quantize_base` would replace, from a frozen transformer's shapes and without an adapter."""
+    layers = [
+        getattr(parent, name) for block in transformer.transformer_blocks for parent, name in _inner_linears(block)
+    ]
+    return sum(layer.weight.numel() for layer in layers if not _sizes_unfit(layer))
+
+
+def _inner_linears(block: Any) -> list[tuple[Any, str]]:
+    attention, ff = block.attn1, block.ff
+    names = [(attention, name) for name in ("to_q", "to_k", "to_v")]
+    return [*names, (attention.to_out, "0"), (ff.net[0], "proj"), (ff.net, "2")]
+
+
+def _sizes_unfit(layer: nn.Linear) -> bool:
+    return bool(layer.in_features % _FLOAT8_MULTIPLE or layer.out_features % _FLOAT8_MULTIPLE)
+
+
+def _replace_base(parent: Any, name: str, new: nn.Module) -> None:
+    layer = getattr(parent, name)
+    if isinstance(layer, BaseTunerLayer):
+        layer.base_layer = new  # pyright: ignore[reportAttributeAccessIssue]  # every tuner layer has one
+    else:
+        setattr(parent, name, new)

@@ -1,0 +1,125 @@
+"""Which attention kernel a run takes, and what is refused before any weight is loaded."""
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.attention as torch_attention
+
+from cogtune import attention_backends
+from cogtune.attention_backends import (
+    CLEARLY_FASTER,
+    SDPA_BACKENDS,
+    Backend,
+    BackendTiming,
+    activated,
+    check_backend,
+    choose_backend,
+    is_installed,
+    measure_backends,
+)
+from cogtune.config import TrainSettings
+from cogtune.errors import UserError
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+SHAPE: dict[str, Any] = {"num_heads": 2, "head_dim": 16, "dtype": torch.float32}
+
+
+def times(**totals: float) -> dict[Backend, BackendTiming]:
+    return {name: BackendTiming(total / 4, 3 * total / 4) for name, total in totals.items()}  # type: ignore[misc]
+
+
+def test_settings_and_backends_are_the_same_list() -> None:
+    options = TrainSettings.model_json_schema()["properties"]["attention"]["enum"]
+    assert set(options) == {"auto", *SDPA_BACKENDS}
+
+
+def test_the_fastest_kernel_is_taken_where_it_is_clearly_faster() -> None:
+    assert choose_backend("auto", times(cudnn=10.0, flash=12.0, efficient=20.0)) == "cudnn"
+    assert choose_backend("auto", times(cudnn=10.0, flash=5.0, efficient=20.0)) == "flash"
+    nearly = 10.0 * (CLEARLY_FASTER + 0.01)
+    assert choose_backend("auto", times(cudnn=10.0, flash=nearly)) == "cudnn", "noise may not change the kernel"
+    assert choose_backend("auto", times(cudnn=10.0, flash=nearly, flash3=6.0)) == "flash3"
+    assert choose_backend("auto", times(efficient=10.0)) == "efficient"
+    assert choose_backend("auto", {}) == "default"
+
+
+def test_a_given_kernel_is_taken_or_refused() -> None:
+    assert choose_backend("flash", times(cudnn=1.0, flash=9.0)) == "flash"
+    assert choose_backend("default", {}) == "default"
+    with pytest.raises(UserError, match=r"train\.attention=flash3: does not run here.*default, cudnn, flash"):
+        choose_backend("flash3", times(cudnn=1.0, flash=9.0))
+
+
+def test_a_cpu_measures_its_default_alone() -> None:
+    timings = measure_backends(batch_size=1, tokens=24, device=CPU, **SHAPE)
+    assert list(timings) == ["default"]
+    assert timings["default"].total == timings["default"].forward + timings["default"].backward > 0
+
+
+def test_kernels_that_do_not_run_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = attention_backends._measure
+
+    def refuse(backend: Backend, *arguments: Any) -> BackendTiming:
+        if backend == "flash":
+            raise RuntimeError("No available kernel")
+        return measure("default", *arguments)
+
+    monkeypatch.setattr(attention_backends, "_measure", refuse)
+    found = measure_backends(
+        batch_size=1, tokens=24, device=CPU, candidates=("cudnn", "flash", "efficient", "flash3"), **SHAPE
+    )
+    assert list(found) == ["cudnn", "efficient"], "flash refuses, flash3 is not installed"
+
+
+@pytest.mark.parametrize("wanted", ["cudnn", "flash", "efficient", "flash3"])
+def test_a_cpu_refuses_kernels_for_gpus(wanted: Backend) -> None:
+    with pytest.raises(UserError, match=rf"train\.attention={wanted}: a kernel for GPUs.*auto or default"):
+        check_backend(wanted, device=CPU, **SHAPE)
+    for fine in ("auto", "default"):
+        check_backend(fine, device=CPU, **SHAPE)
+
+
+def test_missing_packages_and_kernels_without_support_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not is_installed("flash3") and not is_installed("flash4") and is_installed("flash")
+    with pytest.raises(UserError, match="finds no package 'flash_attn_interface'"):
+        check_backend("flash3", device=CUDA, **SHAPE)
+    tried: list[Any] = []
+
+    def measure(**shape: Any) -> dict[Backend, BackendTiming]:
+        tried.append(shape["candidates"])
+        return times(cudnn=1.0) if shape["candidates"] == ("cudnn",) else {}
+
+    monkeypatch.setattr(attention_backends, "measure_backends", measure)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "Old Card")
+    check_backend("cudnn", device=CUDA, **SHAPE)
+    with pytest.raises(
+        UserError, match=r"train\.attention=flash: does not run on Old Card in float32 with heads of 16"
+    ):
+        check_backend("flash", device=CUDA, **SHAPE)
+    check_backend("auto", device=CUDA, **SHAPE)
+    assert tried == [("cudnn",), ("flash",)], "nothing is tried for auto"
+
+
+def test_a_package_is_active_for_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    active: list[str | None] = [None]
+    monkeypatch.setattr(torch_attention, "activate_flash_attention_impl", active.append, raising=False)
+    monkeypatch.setattr(torch_attention, "current_flash_attention_impl", lambda: active[-1], raising=False)
+    monkeypatch.setattr(torch_attention, "restore_flash_attention_impl", lambda: active.append(None), raising=False)
+    with pytest.raises(ZeroDivisionError), activated("flash3"):
+        assert active[-1] == "FA3"
+        raise ZeroDivisionError
+    assert active == [None, "FA3", None]
+    with activated("cudnn"):
+        assert active == [None, "FA3", None]
+
+
+def test_an_installed_package_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = type(sys)("flash_attn_interface")
+    module.__spec__ = sys.__spec__
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+    monkeypatch.setattr(torch_attention, "activate_flash_attention_impl", print, raising=False)
+    assert is_installed("flash3")
+    monkeypatch.delattr(torch_attention, "activate_flash_attention_impl")
+    assert not is_installed("flash3"), "a PyTorch that can't hand attention to it"
