@@ -132,8 +132,8 @@ class TrainSettings(Section):
     exact. The adapter's own products stay exact. LoRA only; needs a GPU of compute capability 8.9 (Ada, Hopper)."""
 
     cuda_graph: bool = False
-    """Replay each pass as one CUDA graph: several times faster for models of a few million parameters, no gain for large
-    ones. Needs one GPU, no gradient accumulation and no dropout."""
+    """Replay each pass as one CUDA graph: faster for models of a few million parameters, no gain for large ones.
+    Needs one GPU, no gradient accumulation and no dropout."""
 
 
 class MemorySettings(Section):

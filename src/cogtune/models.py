@@ -67,7 +67,16 @@ VARIANTS = {
             "patch_size_t": None,
         },
     ),
-    "tiny": Variant(None, torch.float32, 17, 64, 96, 8.0, False, {"num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 48}),
+    "tiny": Variant(
+        None,
+        torch.float32,
+        17,
+        64,
+        96,
+        8.0,
+        False,
+        {"num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 48},
+    ),
 }
 
 

@@ -13,6 +13,7 @@ from cogtune.adapter import save_adapter
 from cogtune.config import AdapterSettings
 from cogtune.encoding import embed
 from cogtune.errors import UserError
+from cogtune.frame_convolution import use_frame_convolutions
 from cogtune.generation import Request
 from cogtune.generation_options import make_requests, output_path, parse_adapter, parse_generation
 
@@ -20,7 +21,9 @@ REQUEST = Request("a red ball", 17, 64, 96, seed=3, negative_prompt="blue", num_
 
 
 def stock_frames(folder: Path, adapter: Path | None = None) -> np.ndarray:
+    """By the stock pipeline, its autoencoder's sums in our order (`test_reconstruction.py` compares the orders)."""
     pipeline = CogVideoXPipeline.from_pretrained(folder)
+    use_frame_convolutions(pipeline.vae)
     pipeline.set_progress_bar_config(disable=True)
     if adapter is not None:
         pipeline.load_lora_weights(adapter)
