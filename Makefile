@@ -22,7 +22,7 @@ WANTED := $(TORCH) $(CONSTRAINTS)
 install: $(STAMP)
 
 demo: $(STAMP)
-	@$(BIN)/python scripts/demo.py
+	@$(BIN)/python scripts/demo.py $(DEMO_ARGS)
 
 test: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(XDIST) $(PYTEST_ARGS)

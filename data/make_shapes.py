@@ -26,9 +26,21 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=CONCEPT_CLIPS, help=f"how many clips (default: {CONCEPT_CLIPS})")
     parser.add_argument("--seed", type=int, default=0, help="other clips for every seed (default: 0)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    parser.add_argument("--ordinary", type=int, default=0, help="clips of `base` beside them, against forgetting")
+    parser.add_argument("--weight", type=float, default=1.0, help="showings of the split's clips for one of those")
     arguments = parser.parse_args()
-    write_clips(arguments.out, arguments.split, count=arguments.count, seed=arguments.seed, workers=arguments.workers)
-    print(f"{arguments.count} clips of '{arguments.split}' in {arguments.out}: metadata.jsonl, truth.jsonl, clips/")
+    write_clips(
+        arguments.out,
+        arguments.split,
+        count=arguments.count,
+        seed=arguments.seed,
+        workers=arguments.workers,
+        num_ordinary=arguments.ordinary,
+        weight=arguments.weight,
+    )
+    ordinary = f" and {arguments.ordinary} of 'base'" if arguments.ordinary else ""
+    written = f"{arguments.count} clips of '{arguments.split}'{ordinary}"
+    print(f"{written} in {arguments.out}: metadata.jsonl, truth.jsonl, clips/")
 
 
 if __name__ == "__main__":

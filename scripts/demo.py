@@ -3,8 +3,9 @@
     make demo            (or: python scripts/demo.py)
 
 The base model inside the package draws six shapes in motion. Twenty-four clips show it what a "zibber" is: an hourglass
-that goes round in a circle. The demo trains an adapter on them as `configs/demo.yaml` says, and a judge that measures
-pixels counts how often base and adapter show what their prompts ask for.
+that goes round in a circle; clips of the base's own world beside them keep it from forgetting. The demo trains an
+adapter on them as `configs/demo.yaml` says, and a judge that measures pixels counts how often both show what
+their prompts ask for.
 """
 
 import argparse
@@ -18,13 +19,14 @@ from cogtune.shapes.demonstration import format_rows, run_step, score_adapter
 from cogtune.shapes.scoring import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
 
 FOLDER, CONFIG = Path("runs/demo"), "configs/demo.yaml"
+NUM_ORDINARY, WEIGHT = 96, 8  # clips of the base's own world against forgetting; showings of the concept's for theirs
 PROMPT = "a blue zibber on a white background"
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=12, help="videos of each kind for the table (default: 12)")
+    parser.add_argument("--prompts", type=int, default=8, help="videos of each kind for the table (default: 8)")
     return parser.parse_args()
 
 
@@ -34,7 +36,10 @@ def main() -> None:
     if FOLDER.exists():
         raise UserError(f"{FOLDER} exists; look at it, then delete it to run the demo again")
     started = time.monotonic()
-    run_step("data/make_shapes.py", "--out", str(FOLDER / "clips"), "--split", "concept")
+    run_step(
+        "data/make_shapes.py", "--out", str(FOLDER / "clips"), "--split", "concept",
+        "--ordinary", str(NUM_ORDINARY), "--weight", str(WEIGHT),
+    )  # fmt: skip
     run_step("data/make_shapes.py", "--out", str(FOLDER / "held_out"), "--split", "concept_held_out", "--count", "6")
     run_step("data/check.py", "--config", CONFIG)
     run_step("data/prepare.py", "--config", CONFIG)

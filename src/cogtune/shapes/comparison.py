@@ -1,10 +1,10 @@
 """Compares ways to train on the world of shapes: many runs over several seeds, each scored by the judge.
 
 A comparison is a YAML file: `config` (what every run starts from), `set` (dotted settings for all) and `runs` (name ->
-dotted settings; `command` and `config` may differ too, and `prior` adds so many clips of the base's own world, against
-forgetting). Each run is one of the project's own commands in a process of
-its own; the process that started it then scores what came out. A finished run leaves `results/<name>.json` and is
-never made again.
+dotted settings; `command` and `config` may differ too). `prior`, for all or for a run, adds so many clips of the base's
+own world, against forgetting, and `weight` shows each of the concept's so often for one of those. Each run is one of
+the project's own commands in a process of its own; the process that started it then scores what came out. A finished run
+leaves `results/<name>.json` and is never made again.
 """
 
 import ctypes
@@ -34,9 +34,10 @@ from cogtune.tracking import read_metrics
 
 LORA, SFT = "train/lora.py", "train/sft.py"
 BASE = "base model"
-NUM_CLIPS, NUM_HELD_OUT, MOST_PRIOR = 24, 6, 96
+NUM_CLIPS, NUM_HELD_OUT = 24, 6
+_NO_PRIOR = (0, 1.0)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_SPECIAL = ("config", "command", "prior")
+_SPECIAL = ("config", "command", "prior", "weight")
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class Job:
     command: str | None
     settings: dict[str, Any]
     """The run's whole config, plain."""
-    prior: int = 0
-    """Clips of the base's world beside the concept's."""
+    prior: tuple[int, float] = _NO_PRIOR
+    """Clips of the base's world beside the concept's, and showings of a concept's clip for one of those."""
 
     @property
     def slug(self) -> str:
@@ -78,9 +79,9 @@ def read_jobs(path: Path, folder: Path, seeds: list[int], only: list[str] | None
     Raises `UserError` for a wrong file, or for settings that no run could start with.
     """
     values = read_yaml(path)
-    unknown = sorted(set(values) - {"config", "set", "runs"})
+    unknown = sorted(set(values) - {"config", "set", "runs", "prior", "weight"})
     if unknown:
-        raise UserError(f"{path}: unknown key '{unknown[0]}'; a comparison has config, set and runs")
+        raise UserError(f"{path}: unknown key '{unknown[0]}'; a comparison has config, set, runs, prior and weight")
     if not isinstance(values.get("runs"), dict) or not values["runs"]:
         raise UserError(f"{path}: no runs; give `runs:` with a name and dotted settings for each")
     runs: dict[str, dict[str, Any]] = {str(name): changes or {} for name, changes in values["runs"].items()}
@@ -104,11 +105,14 @@ def _make_job(values: dict[str, Any], folder: Path, name: str, changes: dict[str
     if config is None:
         raise UserError(f"run '{name}': no config; give `config: FILE` at the top or in the run")
     settings = read_yaml(Path(config))
-    prior = changes.get("prior", 0)
-    if prior not in range(MOST_PRIOR + 1):
-        raise UserError(f"run '{name}': prior is {prior!r}; give a number of clips from 0 to {MOST_PRIOR}")
+    prior = (changes.get("prior", values.get("prior", 0)), changes.get("weight", values.get("weight", 1.0)))
+    if not isinstance(prior[0], int) or prior[0] < 0:
+        raise UserError(f"run '{name}': prior is {prior[0]!r}; give a number of clips, 0 or more")
+    if not isinstance(prior[1], int | float) or prior[1] <= 0:
+        raise UserError(f"run '{name}': weight is {prior[1]!r}; give showings of a concept's clip, above 0")
+    prior = prior if prior[0] else _NO_PRIOR
     own = {
-        "data.manifest": str(mixed_manifest(folder, prior) if prior else folder / "clips"),
+        "data.manifest": str(mixed_manifest(folder, prior) if prior[0] else folder / "clips"),
         "data.validation_manifest": str(folder / "held_out"),
         "data.cache_dir": str(folder / "cache"),
         "validation.prompts": [],
@@ -144,25 +148,16 @@ def draw_clips(folder: Path, jobs: Sequence[Job] = ()) -> None:
     for name, split, count in (("clips", "concept", NUM_CLIPS), ("held_out", "concept_held_out", NUM_HELD_OUT)):
         if not (folder / name / "metadata.jsonl").is_file():
             write_clips(folder / name, split, count=count, seed=0)
-    for num_prior in sorted({job.prior for job in jobs} - {0}):
-        draw_mixed(folder, num_prior)
+    for prior in sorted({job.prior for job in jobs} - {_NO_PRIOR}):
+        if not (mixed_manifest(folder, prior) / "metadata.jsonl").is_file():
+            num_ordinary, weight = prior
+            mixed = mixed_manifest(folder, prior)
+            write_clips(mixed, "concept", count=NUM_CLIPS, seed=0, num_ordinary=num_ordinary, weight=weight)
 
 
-def mixed_manifest(folder: Path, num_prior: int) -> Path:
-    """Where `draw_mixed` puts the concept's clips with so many of the base's world."""
-    return folder / f"with-{num_prior}-prior.jsonl"
-
-
-def draw_mixed(folder: Path, num_prior: int) -> None:
-    """Writes clips of the base's world, where they are missing, and the manifest of both kinds."""
-    if not (folder / "prior" / "metadata.jsonl").is_file():
-        write_clips(folder / "prior", "base", count=MOST_PRIOR, seed=1)
-    lines = []
-    for name, count in (("clips", NUM_CLIPS), ("prior", num_prior)):
-        rows = (folder / name / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
-        parsed = [json.loads(row) for row in rows[:count]]
-        lines += [json.dumps(row | {"video": f"{name}/{row['video']}"}) for row in parsed]
-    mixed_manifest(folder, num_prior).write_text("\n".join(lines) + "\n", encoding="utf-8")
+def mixed_manifest(folder: Path, prior: tuple[int, float]) -> Path:
+    """Where the concept's clips lie beside so many of the base's world, and how often they are shown for one of those."""
+    return folder / f"with-{prior[0]}-prior-{prior[1]:g}"
 
 
 def result_path(folder: Path, job: Job) -> Path:

@@ -18,38 +18,49 @@ from cogtune.shapes.render import render
 from cogtune.shapes.world import FPS, SPLITS
 from cogtune.video import write_video
 
+_Row = dict[str, str | float]
 _CRF = 8  # near lossless; at the default of 12 the small shapes' corners soften visibly
 
 
-def write_clips(folder: Path, split: str, *, count: int, seed: int, workers: int = 1) -> None:
+def write_clips(
+    folder: Path, split: str, *, count: int, seed: int, workers: int = 1, num_ordinary: int = 0, weight: float = 1.0
+) -> None:
     """Writes clips 0 .. count - 1 of a split under a seed into an empty or new folder.
 
-    The same arguments give the same pictures and captions on every machine, in any number of worker processes.
+    `num_ordinary` clips of the base split follow: they keep a model's other abilities while it learns the split's.
+    `weight`: how often an epoch shows each of the split's clips for one showing of an ordinary one. The same arguments
+    give the same pictures and captions on every machine, in any number of worker processes.
     """
     if split not in SPLITS:
         raise UserError(f"split '{split}' does not exist: choose one of {', '.join(SPLITS)}")
-    for name, value, least in (("count", count, 1), ("seed", seed, 0), ("workers", workers, 1)):
+    numbers = (("count", count, 1), ("seed", seed, 0), ("workers", workers, 1), ("num_ordinary", num_ordinary, 0))
+    for name, value, least in numbers:
         if value < least:
             raise UserError(f"{name} is {value}: it must be {least} or more")
+    if weight <= 0:
+        raise UserError(f"weight is {weight}: it must be above 0")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an empty folder: name another one or remove it")
     (folder / "clips").mkdir(parents=True)
-    write = partial(_write_clip, folder, split, seed)
+    write = partial(_write_clip, folder, seed)
+    jobs = [(number, split, number, weight) for number in range(count)]
+    jobs += [(count + number, "base", number, 1.0) for number in range(num_ordinary)]
     if workers == 1:
-        rows = [write(index) for index in range(count)]
+        rows = [write(*job) for job in jobs]
     else:
         with ProcessPoolExecutor(workers) as pool:
-            rows = list(pool.map(write, range(count), chunksize=8))
+            rows = list(pool.map(write, *zip(*jobs, strict=True), chunksize=8))
     _write_lines(folder / "truth.jsonl", (truth for _, truth in rows))
     _write_lines(folder / "metadata.jsonl", (row for row, _ in rows))  # last: a folder with a manifest is complete
 
 
-def _write_clip(folder: Path, split: str, seed: int, index: int) -> tuple[dict[str, str], dict[str, str | float]]:
+def _write_clip(folder: Path, seed: int, number: int, split: str, index: int, weight: float) -> tuple[_Row, _Row]:
     clip, text = captioned_clip(split, seed, index)
-    name = f"clips/{index:06d}.mp4"
+    name = f"clips/{number:06d}.mp4"
     write_video(folder / name, render(clip), FPS, crf=_CRF)
-    return {"video": name, "caption": text}, {"video": name, **asdict(clip)}
+    row: _Row = {"video": name, "caption": text}
+    return row | ({"weight": weight} if weight != 1.0 else {}), {"video": name, **asdict(clip)}
 
 
-def _write_lines(path: Path, rows: Iterable[dict[str, str] | dict[str, str | float]]) -> None:
+def _write_lines(path: Path, rows: Iterable[_Row]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

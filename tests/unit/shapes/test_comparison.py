@@ -2,7 +2,6 @@
 
 import json
 from concurrent.futures import Executor, Future
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +87,8 @@ def test_every_run_has_its_first_seed_before_any_has_its_second(write: Any, tmp_
         ({"runs": {"a": {"rank": 4}}}, ["run 'a'", "'rank' is no dotted setting"]),
         ({"runs": {"a": {"adapter.rank": 0}}}, ["run 'a'", "adapter.rank", "got 0"]),
         ({"runs": {"a": {"command": "train/dpo.py"}}}, ["'train/dpo.py' trains nothing", "train/lora.py"]),
-        ({"runs": {"a": {"prior": 1000}}}, ["run 'a'", "prior is 1000", "from 0 to 96"]),
+        ({"runs": {"a": {"prior": -1}}}, ["run 'a'", "prior is -1", "0 or more"]),
+        ({"prior": 2, "weight": 0}, ["weight is 0", "above 0"]),
         ({"runs": {"a b": {}, "a-b": {}}}, ["'a b' has the same file name as another", "rename it"]),
         ({"runs": {}}, ["no runs"]),
         ({"run": {}}, ["unknown key 'run'"]),
@@ -112,12 +112,12 @@ def test_the_shipped_comparison_has_jobs_that_could_start(tmp_path: Path, monkey
         assert len(read_jobs(path, tmp_path, [0, 1])) > 10
 
 
-def test_prior_clips_stand_beside_the_concepts(write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison, "MOST_PRIOR", 3)
-    jobs = read_jobs(write(runs={"alone": {}, "mixed": {"prior": 2}}), tmp_path, [0])
+def test_prior_clips_stand_beside_the_concepts(write: Any, tmp_path: Path) -> None:
+    jobs = read_jobs(write(prior=2, weight=3.0, runs={"alone": {"prior": 0}, "mixed": {}}), tmp_path, [0])
     draw_clips(tmp_path, jobs)
     alone, mixed = (read_manifest(Path(job.settings["data"]["manifest"])) for job in jobs[1:])
-    assert mixed[:24] == [replace(clip, id=f"clips/{clip.id}") for clip in alone] and len(mixed) == 26
+    assert [clip.caption for clip in mixed[:24]] == [clip.caption for clip in alone] and len(mixed) == 26
+    assert [clip.weight for clip in mixed] == 24 * [3.0] + 2 * [1.0]
     assert all(clip.video.is_file() for clip in mixed)
     assert not any("zibber" in clip.caption for clip in mixed[24:])
 
