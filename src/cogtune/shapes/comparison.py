@@ -3,8 +3,8 @@
 A comparison is a YAML file: `config` (what every run starts from), `set` (dotted settings for all) and `runs` (name ->
 dotted settings; `command` and `config` may differ too). `prior`, for all or for a run, adds so many clips of the base's
 own world, against forgetting, and `weight` shows each of the concept's so often for one of those. Each run is one of
-the project's own commands in a process of its own; the process that started it then scores what came out. A finished run
-leaves `results/<name>.json` and is never made again.
+the project's own commands in a process of its own; the process that started it then scores what came out. A finished
+run leaves `results/<name>.json` and is never made again.
 """
 
 import ctypes
@@ -156,7 +156,7 @@ def draw_clips(folder: Path, jobs: Sequence[Job] = ()) -> None:
 
 
 def mixed_manifest(folder: Path, prior: tuple[int, float]) -> Path:
-    """Where the concept's clips lie beside so many of the base's world, and how often they are shown for one of those."""
+    """Where the concept's clips lie beside so many of the base's world, each of theirs weighing so much."""
     return folder / f"with-{prior[0]}-prior-{prior[1]:g}"
 
 
