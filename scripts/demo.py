@@ -27,6 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=8, help="videos of each kind for the table (default: 8)")
+    parser.add_argument("--steps", type=int, help="training steps, to try the way only (default: the config's)")
     return parser.parse_args()
 
 
@@ -43,7 +44,9 @@ def main() -> None:
     run_step("data/make_shapes.py", "--out", str(FOLDER / "held_out"), "--split", "concept_held_out", "--count", "6")
     run_step("data/check.py", "--config", CONFIG)
     run_step("data/prepare.py", "--config", CONFIG)
-    run_step("train/lora.py", "--config", CONFIG)
+    run_step(
+        "train/lora.py", "--config", CONFIG, *([f"--train.max_steps={arguments.steps}"] if arguments.steps else [])
+    )
     final, video = FOLDER / "run/final", FOLDER / "out.mp4"
     run_step(
         "scripts/generate.py", "--model", "tiny", "--lora", str(final), "--prompt", PROMPT, "--output", str(video),
