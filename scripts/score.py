@@ -15,7 +15,13 @@ from cogtune.cli import CommandParser
 from cogtune.errors import run_command
 from cogtune.models import choose_device
 from cogtune.shapes.captions import base_prompts, concept_prompts
-from cogtune.shapes.scoring import GUIDANCE_SCALE, NUM_INFERENCE_STEPS, load_scored_pipeline, score_prompts
+from cogtune.shapes.scoring import (
+    GUIDANCE_SCALE,
+    NUM_INFERENCE_STEPS,
+    default_batch_size,
+    load_scored_pipeline,
+    score_prompts,
+)
 from cogtune.shapes.statistics import describe_spread
 
 
@@ -51,7 +57,7 @@ def main() -> None:
             pipeline,
             prompts,
             seed=seed,
-            batch_size=arguments.batch_size or (1 if device.type == "cpu" else 50),
+            batch_size=arguments.batch_size or default_batch_size(device),
             num_inference_steps=arguments.steps,
             guidance_scale=arguments.guidance,
         )

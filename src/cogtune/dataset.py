@@ -96,6 +96,7 @@ class TrainingSet(Dataset[Batch]):
         self._dropped_caption_key = dropped_caption_key
         self._kept: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self._kept_bytes = 0
+        self._empty_embeddings: torch.Tensor | None = None
         self.order = ClipOrder([entry.clip.weight for entry in entries], seed)
 
     def __getitem__(self, position: int) -> Batch:
@@ -129,10 +130,12 @@ class TrainingSet(Dataset[Batch]):
     def _null_embeddings(self, like: torch.Tensor) -> torch.Tensor:
         if self._dropped_caption_key is None:
             return torch.zeros_like(like)
-        empty = self._cache.read("text", self._dropped_caption_key)
-        if empty is None:
-            raise UserError("cache entry of the empty caption is missing; start the run again, it is made again")
-        return empty["embeddings"]
+        if self._empty_embeddings is None:
+            empty = self._cache.read("text", self._dropped_caption_key)
+            if empty is None:
+                raise UserError("cache entry of the empty caption is missing; start the run again, it is made again")
+            self._empty_embeddings = empty["embeddings"]
+        return self._empty_embeddings
 
 
 def join_samples(samples: list[Batch]) -> Batch:

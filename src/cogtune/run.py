@@ -247,7 +247,7 @@ class Run:
         """Measures the attention kernels for this run's shape and takes one."""
         plan, config, device = self.plan, self.config, self.accelerator.device
         timings: dict[Backend, BackendTiming] = {}
-        if device.type == "cuda":
+        if device.type == "cuda" and config.train.attention != "default":
             timings = measure_backends(
                 batch_size=config.train.batch_size,
                 num_heads=plan.facts.num_heads,

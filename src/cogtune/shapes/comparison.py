@@ -28,7 +28,7 @@ from cogtune.cli import build_config, read_yaml
 from cogtune.errors import UserError, nearest
 from cogtune.models import choose_device
 from cogtune.shapes.captions import base_prompts, concept_prompts
-from cogtune.shapes.scoring import load_scored_pipeline, score_prompts
+from cogtune.shapes.scoring import default_batch_size, load_scored_pipeline, score_prompts
 from cogtune.shapes.writing import write_clips
 from cogtune.tracking import read_metrics
 
@@ -232,7 +232,7 @@ def _score(job: Job, scoring: Scoring) -> dict[str, Any]:
             pipeline,
             asked,
             seed=job.seed,
-            batch_size=scoring.batch_size or (50 if device.type == "cuda" else 1),
+            batch_size=scoring.batch_size or default_batch_size(device),
             num_inference_steps=scoring.num_inference_steps,
         ).to_plain()
         for kind, asked in prompts.items()

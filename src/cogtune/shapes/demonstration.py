@@ -12,7 +12,7 @@ import torch
 
 from cogtune.errors import UserError
 from cogtune.shapes.captions import Prompt, base_prompts, concept_prompts
-from cogtune.shapes.scoring import Scores, load_scored_pipeline, score_prompts
+from cogtune.shapes.scoring import Scores, default_batch_size, load_scored_pipeline, score_prompts
 
 _QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 _NAMES = ("right", "shape", "colour", "motion")
@@ -52,8 +52,8 @@ def score_adapter(model: str, lora: Path, device: torch.device, *, num_prompts: 
     for kind, prompts in kinds.items():
         for name, switch in (("base", pipeline.disable_lora), ("adapter", pipeline.enable_lora)):
             switch()
-            batch_size = 1 if device.type == "cpu" else 50
-            rows.append(Row(kind, name, score_prompts(pipeline, prompts, seed=seed, batch_size=batch_size)))
+            scores = score_prompts(pipeline, prompts, seed=seed, batch_size=default_batch_size(device))
+            rows.append(Row(kind, name, scores))
     return rows
 
 
