@@ -4,9 +4,11 @@ The file is `pytorch_lora_weights.safetensors` with diffusers' keys; its header 
 (`lora_adapter_metadata`): without it the loader takes alpha = rank, and users get twice or half the trained strength.
 """
 
+import contextlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +180,23 @@ def count_adapter_parameters(meta_transformer: torch.nn.Module, settings: Adapte
     return total
 
 
+@contextlib.contextmanager
+def without_adapter(transformer: torch.nn.Module) -> Iterator[None]:
+    """The transformer is the base model inside.
+
+    PEFT's own switch also freezes and thaws the adapter's weights, which a compiled or recorded step must not see.
+    """
+    layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+    before = [layer.disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer._disable_adapters = value
+
+
 def adapter_parameters(transformer: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The trainable parameters by name: exactly the adapter's."""
     return {name: p for name, p in transformer.named_parameters() if p.requires_grad}
@@ -224,6 +243,10 @@ class TrainedAdapter:
 
     def __init__(self, transformer: CogVideoXTransformer3DModel, model_card: str) -> None:
         self.transformer, self._card = transformer, model_card
+
+    def base(self) -> contextlib.AbstractContextManager[None]:
+        """The transformer is the base model inside."""
+        return without_adapter(self.transformer)
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """The adapter's parameters by name."""

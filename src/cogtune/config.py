@@ -120,6 +120,14 @@ class TrainSettings(Section):
     """This many consecutive samples cover the timesteps evenly, one in each part; 1: independent draws."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Average the trained weights with this decay, for validation and the final weights; null: don't."""
+    prior_target: Literal["auto", "base", "clip"] = "auto"
+    """What clips marked `prior` in the manifest are trained towards: what the base model predicts for them, which holds
+    its other abilities in place without their noise (LoRA only; one more forward pass for such a clip), or the clips
+    themselves; auto: base for LoRA."""
+    prior_weight: Annotated[float, Field(gt=0)] = 1.0
+    """Factor of the loss of clips marked `prior`; predictions have no noise, so they bear a large one."""
+    dropped_target: Literal["base", "clip"] = "clip"
+    """The same for samples whose caption is dropped: base holds what guidance leads away from in place (LoRA only)."""
     min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
     """Min-SNR loss weights with this gamma (arXiv:2303.09556); null: plain v-prediction loss."""
     compile: Literal["auto", "on", "off"] = "auto"

@@ -6,7 +6,7 @@ so 2 processes x batch 1, 1 x batch 2 and 1 x 2 accumulation steps see the same 
 
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -17,6 +17,7 @@ from cogtune.errors import UserError
 from cogtune.manifest import Clip
 
 KEPT_BYTES = 256 << 20  # of read entries, in each worker
+TENSORS = ("latents", "noise", "embeddings", "timesteps", "weights", "held")  # of a batch
 
 
 @dataclass(frozen=True)
@@ -36,23 +37,23 @@ class Batch:
     noise: torch.Tensor  # [B, F, C, H, W]
     embeddings: torch.Tensor  # [B, L, D], the null condition where the caption is dropped
     timesteps: torch.Tensor  # int64 [B]
+    weights: torch.Tensor  # [B], of the samples' losses
+    held: torch.Tensor  # bool [B], samples that are trained towards the base model's prediction
     positions: list[int]
     clips: list[Clip]
     dropped: list[bool]
+    num_held: int
 
     def pin_memory(self) -> "Batch":
         """For the loader: page-locked copies, so that transfers don't wait."""
-        for name in ("latents", "noise", "embeddings", "timesteps"):
+        for name in TENSORS:
             setattr(self, name, getattr(self, name).pin_memory())
         return self
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on the device."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("latents", "noise", "embeddings", "timesteps")
-        }
-        return Batch(**moved, positions=self.positions, clips=self.clips, dropped=self.dropped)
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in TENSORS}
+        return replace(self, **moved)
 
     def describe(self) -> list[str]:
         """One line a sample for error messages: id, timestep, caption."""
@@ -89,11 +90,16 @@ class TrainingSet(Dataset[Batch]):
         caption_dropout: float,
         timestep_strata: int,
         dropped_caption_key: str | None = None,
+        prior_weight: float = 1.0,
+        hold_prior: bool = False,
+        hold_dropped: bool = False,
     ) -> None:
+        """`hold_prior`, `hold_dropped`: prior clips, and samples without caption, go towards the base model."""
         self._entries, self._cache, self._seed = list(entries), cache, seed
         self._scaling_factor = scaling_factor
         self._caption_dropout, self._strata = caption_dropout, timestep_strata
         self._dropped_caption_key = dropped_caption_key
+        self._prior_weight, self._hold_prior, self._hold_dropped = prior_weight, hold_prior, hold_dropped
         self._kept: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self._kept_bytes = 0
         self._empty_embeddings: torch.Tensor | None = None
@@ -107,14 +113,18 @@ class TrainingSet(Dataset[Batch]):
         latents = (mean + std * posterior_noise) * self._scaling_factor
         dropped = draw_caption_dropped(self._seed, position, self._caption_dropout)
         timestep = draw_timestep(self._seed, position, self._strata)
+        held = (self._hold_prior and entry.clip.prior) or (self._hold_dropped and dropped)
         return Batch(
             latents=latents.transpose(0, 1)[None],
             noise=noise.transpose(0, 1)[None],
             embeddings=(self._null_embeddings(embeddings) if dropped else embeddings)[None],
             timesteps=torch.tensor([timestep]),
+            weights=torch.tensor([self._prior_weight if entry.clip.prior else 1.0]),
+            held=torch.tensor([held]),
             positions=[position],
             clips=[entry.clip],
             dropped=[dropped],
+            num_held=int(held),
         )
 
     def _read(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -145,9 +155,12 @@ def join_samples(samples: list[Batch]) -> Batch:
         noise=torch.cat([s.noise for s in samples]).contiguous(),
         embeddings=torch.cat([s.embeddings for s in samples]),
         timesteps=torch.cat([s.timesteps for s in samples]),
+        weights=torch.cat([s.weights for s in samples]),
+        held=torch.cat([s.held for s in samples]),
         positions=[p for s in samples for p in s.positions],
         clips=[c for s in samples for c in s.clips],
         dropped=[d for s in samples for d in s.dropped],
+        num_held=sum(s.num_held for s in samples),
     )
 
 

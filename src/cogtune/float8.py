@@ -9,8 +9,8 @@ from torch import Tensor
 
 from cogtune.errors import UserError
 
-_LARGEST = 448.0  # torch.finfo(torch.float8_e4m3fn).max, as a plain number for the compiler
-_TINY = 1e-12
+LARGEST = 448.0  # torch.finfo(torch.float8_e4m3fn).max, as a plain number for the compiler
+TINY = 1e-12
 
 
 def check_float8_device(
@@ -25,5 +25,5 @@ def check_float8_device(
 def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
     """`values` [N, K] as float8, and the scales [N, 1], float32, that give them back."""
     wide = values.float()
-    scale = wide.abs().amax(-1, keepdim=True).clamp(min=_TINY) / _LARGEST
-    return (wide / scale).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn), scale
+    scale = wide.abs().amax(-1, keepdim=True).clamp(min=TINY) / LARGEST
+    return (wide / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from cogtune.float8 import quantize_rows
+from cogtune.float8_rows import quantize_gelu, quantize_gelu_gradient
 from cogtune.low_rank import adapted_linear
 
 Update = tuple[Tensor, Tensor]
@@ -97,7 +98,12 @@ class _Float8Product(torch.autograd.Function):
 
 def multiply_rows(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """`x` [M, K], quantized here, times float8 `weight` [N, K] with `scale` [1, N]; in the type of `x`."""
-    rows, row_scale = quantize_rows(x)
+    return _multiply(*quantize_rows(x), weight, scale, bias, x.dtype)
+
+
+def _multiply(
+    rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     if not rows.is_cuda:  # the same arithmetic, for tests
         y = (rows.float() @ weight.float().t()) * row_scale * scale
         y = y if bias is None else y + bias
@@ -113,7 +119,51 @@ def multiply_rows(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None)
         )
     # Not `y.to(x.dtype)` alone: torch 2.11 compiles an autograd function that ends in a cast without effect to one with
     # a gradient of zero.
-    return y if y.dtype == x.dtype else y.to(x.dtype)
+    return y if y.dtype == dtype else y.to(dtype)
+
+
+class Float8FeedForward(nn.Module):
+    """A block's feed-forward of two frozen float8 layers: GELU and its derivative are computed where rows are rounded.
+
+    Its layers keep their names.
+    """
+
+    def __init__(self, net: nn.ModuleList) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] to [..., D]."""
+        first, last = self._layers()
+        y = _Float8FeedForward.apply(
+            x.flatten(0, -2), first.weight, first.scale, first.transposed, first.transposed_scale, first.bias,
+            last.weight, last.scale, last.transposed, last.transposed_scale, last.bias,
+        )  # fmt: skip
+        assert isinstance(y, Tensor)
+        return y.unflatten(0, x.shape[:-1])
+
+    def _layers(self) -> tuple[Any, Any]:
+        activation: Any = self.net[0]
+        return activation.proj, self.net[2]
+
+
+class _Float8FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, transposed: Tensor, transposed_scale: Tensor,
+        bias: Tensor | None, weight2: Tensor, scale2: Tensor, transposed2: Tensor, transposed_scale2: Tensor,
+        bias2: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        inner = multiply_rows(x, weight, scale, bias)
+        ctx.save_for_backward(inner, transposed, transposed_scale, transposed2, transposed_scale2)
+        return _multiply(*quantize_gelu(inner), weight2, scale2, bias2, x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        inner, transposed, transposed_scale, transposed2, transposed_scale2 = ctx.saved_tensors
+        grad_inner = multiply_rows(grad, transposed2, transposed_scale2, None)
+        rows, scale = quantize_gelu_gradient(grad_inner, inner)
+        return (_multiply(rows, scale, transposed, transposed_scale, None, grad.dtype), *[None] * 10)
 
 
 def is_frozen(layer: nn.Module) -> bool:
@@ -152,6 +202,10 @@ def quantize_base(transformer: CogVideoXTransformer3DModel) -> int:
             if type(base) is nn.Linear and is_frozen(base) and not _sizes_unfit(base):
                 _replace_base(parent, name, Float8Base(base.weight, base.bias))
                 replaced += 1
+        net: Any = block.ff.net
+        plain = getattr(net[0], "approximate", None) == "tanh" and not net[1].p
+        if plain and type(net[0].proj) is Float8Base and type(net[2]) is Float8Base:
+            block.ff = Float8FeedForward(net)  # pyright: ignore[reportArgumentType]
     return replaced
 
 

@@ -23,6 +23,8 @@ class TrainedModel:
         self.transformer, self._facts, self._card = transformer.float().requires_grad_(True), facts, model_card
         self._export_dtype = export_dtype
 
+    base = None  # no copy of the weights as they were is kept
+
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """Every parameter by name."""
         return dict(self.transformer.named_parameters())

@@ -17,11 +17,14 @@ from torch import Tensor, nn
 
 from cogtune.attention import Rotary, attend, extend_rotary, fuse_projections
 from cogtune.attention_backends import Backend
+from cogtune.frozen import Float8FeedForward
 from cogtune.step_cache import StepCache
 
 
 def _feed_forward(layers: Any, joint: Tensor, *, fused: bool) -> Tensor:
     """The block's two linear layers with a tanh GELU between them."""
+    if isinstance(layers, Float8FeedForward):
+        return layers(joint)
     activation, last = layers.net[0], layers.net[2]
     first = activation.proj
     # On a GPU the product's own epilogue applies the tanh form; on a CPU the same operator means the exact one.

@@ -2,7 +2,7 @@
 
     folder/  metadata.jsonl or metadata.csv (Hugging Face video folder), or prompts.txt + videos.txt,
              or videos with a .txt of the same name each
-    file     .jsonl or .csv with `video`, `caption` and optional `start`, `end` (seconds), `weight`, `id`
+    file     .jsonl or .csv with `video`, `caption` and optional `start`, `end` (seconds), `weight`, `prior`, `id`
 
 Videos are named relative to the manifest's folder and must stay inside it unless `data.allow_outside_root` is set.
 """
@@ -36,6 +36,8 @@ class Clip:
     """Seconds; None: the end of the file."""
     weight: float = 1.0
     """How often an epoch takes it."""
+    prior: bool = False
+    """Shows what the base model can do already and is to keep (prior preservation, arXiv:2208.12242)."""
 
 
 def read_manifest(manifest: Path, *, id_token: str | None = None, allow_outside_root: bool = False) -> list[Clip]:
@@ -179,7 +181,15 @@ def _make_clip(row: dict[str, Any], root: Path, id_token: str | None, allow_outs
     if id_token:
         caption = f"{id_token.strip()} {caption}"
     identity = str(row.get("id", name if "start" not in row and "end" not in row else f"{name}@{start:g}"))
-    return Clip(identity, video, caption, start, end, weight)
+    return Clip(identity, video, caption, start, end, weight, _flag(row, "prior"))
+
+
+def _flag(row: dict[str, Any], key: str) -> bool:
+    value = row.get(key, False)
+    written = {"true": True, "false": False, "1": True, "0": False}.get(str(value).strip().lower())
+    if written is None:
+        raise ValueError(f"{key}={value!r}; expected true or false")
+    return written
 
 
 def _number(row: dict[str, Any], key: str, default: float | None) -> float | None:

@@ -66,6 +66,18 @@ class TrainingPlan(DataPlan):
     """Float32 weights computed with in `dtype`: full fine-tuning in low precision."""
 
     @property
+    def hold_prior(self) -> bool:
+        """Whether prior clips are trained towards the base model's predictions."""
+        there = any(clip.prior and clip.weight for clip in self.train_clips)
+        return there and self.num_parameters > 0 and self.config.train.prior_target != "clip"
+
+    @property
+    def hold_dropped(self) -> bool:
+        """Whether samples without caption are."""
+        train = self.config.train
+        return train.dropped_target == "base" and train.caption_dropout > 0
+
+    @property
     def global_batch(self) -> int:
         """Samples in one optimizer step."""
         train = self.config.train
@@ -92,6 +104,9 @@ class TrainingPlan(DataPlan):
             "compiled": "each block" if self.compiled else "no",
             "output": str(config.output_dir),
         }
+        if num_prior := sum(clip.prior for clip in self.train_clips):
+            target = "the base model's predictions" if self.hold_prior else "themselves"
+            rows["prior"] = f"{num_prior} of the clips, trained towards {target}"
         if self.num_float8:
             rows["float8"] = f"products with {self.num_float8:,} of the frozen parameters"
         return "\n".join(f"{name:<11} {value}" for name, value in rows.items())
@@ -181,6 +196,12 @@ def make_full_plan(config: RunConfig) -> TrainingPlan:
         raise UserError(
             "train.float8_base=true: full fine-tuning (train/sft.py) freezes no weight; remove it, or use train/lora.py"
         )
+    for name in ("prior_target", "dropped_target"):
+        if getattr(config.train, name) == "base":
+            raise UserError(
+                f"train.{name}=base: full fine-tuning (train/sft.py) keeps no base model to ask; set clip, or use "
+                "train/lora.py"
+            )
     data = make_data_plan(config)
     num_parameters = sum(p.numel() for p in models.make_meta_transformer(data.facts).parameters())
     return _add_training(data, 0, num_parameters, 0)

@@ -26,8 +26,8 @@ class EncodedData:
     validation: list[Entry]
 
     def digest(self) -> str:
-        """Identity of the training clips, captions and weights, in order."""
-        rows = [[e.clip.id, e.latents_key, e.text_key, e.clip.weight] for e in self.train]
+        """Identity of the training clips, captions, weights and what is prior, in order."""
+        rows = [[e.clip.id, e.latents_key, e.text_key, e.clip.weight] + ["prior"] * e.clip.prior for e in self.train]
         return make_key(entries=rows)
 
 

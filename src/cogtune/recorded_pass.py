@@ -6,12 +6,12 @@ stream, nothing inside that waits for the device. The gradients are buffers of t
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
-from cogtune.dataset import Batch
+from cogtune.dataset import TENSORS, Batch
 
-_TENSORS = ("latents", "noise", "embeddings", "timesteps")
 _WARM_UP = 3
 
 
@@ -29,18 +29,13 @@ class RecordedPass:
         if self._graph is None or self._batch is None:
             self._record(batch)
         assert self._graph is not None and self._batch is not None
-        for name in _TENSORS:
+        for name in TENSORS:
             getattr(self._batch, name).copy_(getattr(batch, name))
         self._graph.replay()
         return self._losses.clone()
 
     def _record(self, batch: Batch) -> None:
-        self._batch = Batch(
-            **{name: getattr(batch, name).clone() for name in _TENSORS},
-            positions=batch.positions,
-            clips=batch.clips,
-            dropped=batch.dropped,
-        )
+        self._batch = replace(batch, **{name: getattr(batch, name).clone() for name in TENSORS})
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

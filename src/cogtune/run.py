@@ -7,7 +7,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -193,6 +193,8 @@ class Run:
             dtype=plan.dtype,
             min_snr_gamma=config.train.min_snr_gamma,
             autocast=plan.autocast,
+            base=trained.base if plan.hold_prior or plan.hold_dropped else None,
+            ask_base=self._when_to_ask_base(),
         )
         optimizer = make_optimizer(list(trained.parameters().values()), config.optimizer)
         guard = StepGuard(
@@ -242,6 +244,11 @@ class Run:
             if finished:
                 validate(trainer.step)
         return finished
+
+    def _when_to_ask_base(self) -> Literal["samples", "batch", "always"]:
+        if self.config.train.cuda_graph:
+            return "always"
+        return "samples" if self.accelerator.device.type == "cpu" else "batch"
 
     def _choose_attention(self, transformer: Any) -> Backend:
         """Measures the attention kernels for this run's shape and takes one."""
@@ -308,6 +315,9 @@ class Run:
             caption_dropout=train.caption_dropout,
             timestep_strata=train.timestep_strata,
             dropped_caption_key=self.data.keys.text("") if train.dropped_caption == "empty" else None,
+            prior_weight=train.prior_weight,
+            hold_prior=self.plan.hold_prior,
+            hold_dropped=self.plan.hold_dropped,
         )
         sampler = PositionSampler(
             first_step=first_step,

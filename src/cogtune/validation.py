@@ -68,9 +68,12 @@ def evaluate(
                     noise,
                     embeddings[None],
                     torch.tensor([quantile_timestep(quantile)]),
+                    torch.ones(1),
+                    torch.tensor([False]),
                     [0],
                     [entry.clip],
                     [False],
+                    0,
                 ).to(device)
                 sums[index] += denoiser.losses(transformer, batch, weighted=False)[0].double()
             sums[-1] += 1

@@ -157,9 +157,12 @@ def test_layouts_of_one_global_batch_see_the_same_samples(cache: Cache) -> None:
                         batch.noise[row : row + 1],
                         batch.embeddings[row : row + 1],
                         batch.timesteps[row : row + 1],
+                        batch.weights[row : row + 1],
+                        batch.held[row : row + 1],
                         [position],
                         [batch.clips[row]],
                         [batch.dropped[row]],
+                        0,
                     )
         return seen
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 from diffusers import CogVideoXPipeline
 
-from cogtune import models
+from cogtune import diffusion, models
+from cogtune.adapter import add_lora, without_adapter
+from cogtune.config import AdapterSettings
 from cogtune.dataset import Batch
 from cogtune.denoiser import Denoiser, make_rotary
 from cogtune.manifest import Clip
@@ -73,7 +75,8 @@ def test_loss_equals_the_reference_objective_in_float64(
     batch = Batch(
         torch.randn(shape, generator=generator), torch.randn(shape, generator=generator),
         torch.randn(3, 32, 32, generator=generator), torch.tensor([12, 480, 960]),
-        [0, 1, 2], [Clip("a", Path("a"), "a")] * 3, [False] * 3,
+        torch.ones(3), torch.zeros(3, dtype=torch.bool),
+        [0, 1, 2], [Clip("a", Path("a"), "a")] * 3, [False] * 3, 0,
     )  # fmt: skip
     outputs: list[torch.Tensor] = []
     transformer = models.load_transformer(facts, torch.float32)
@@ -97,7 +100,7 @@ def test_low_precision_casts_only_what_enters_the_transformer(tiny_folder: Path)
     shape = (1, 5, 16, 8, 12)
     batch = Batch(
         torch.ones(shape), torch.randn(shape, generator=torch.Generator().manual_seed(1)), torch.zeros(1, 32, 32),
-        torch.tensor([0]), [0], [Clip("a", Path("a"), "a")], [True],
+        torch.tensor([0]), torch.ones(1), torch.tensor([False]), [0], [Clip("a", Path("a"), "a")], [True], 0,
     )  # fmt: skip
     with torch.no_grad():
         loss = make_denoiser(tiny_folder, dtype=torch.bfloat16).losses(transformer, batch)
@@ -105,3 +108,44 @@ def test_low_precision_casts_only_what_enters_the_transformer(tiny_folder: Path)
     assert loss.dtype == torch.float32
     # At timestep 0 noise is still there: schedules cast to bfloat16 would leave x_t equal to the latents.
     assert (seen["hidden_states"].float() - 1.0).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("ask_base", ["samples", "batch", "always"])
+def test_held_samples_go_towards_the_base_models_prediction(ask_base: Any, tiny_folder: Path) -> None:
+    facts = models.read_facts(tiny_folder)
+    transformer = models.load_transformer(facts, torch.float32)
+    generator = torch.Generator().manual_seed(4)
+    shape = (3, 5, 16, 8, 12)
+
+    def make_batch(held: list[bool]) -> Batch:
+        generator.manual_seed(5)
+        return Batch(
+            torch.randn(shape, generator=generator), torch.randn(shape, generator=generator),
+            torch.randn(3, 32, 32, generator=generator), torch.tensor([12, 480, 960]),
+            torch.tensor([2.0, 1.0, 1.0]), torch.tensor(held),
+            [0, 1, 2], [Clip("a", Path("a"), "a")] * 3, [False] * 3, sum(held),
+        )  # fmt: skip
+
+    with torch.no_grad():
+        base_prediction = predictions(transformer, make_batch([False] * 3), tiny_folder)
+    add_lora(transformer, AdapterSettings(rank=4), seed=0)
+    for name, parameter in transformer.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1, generator=generator)
+    plain = make_denoiser(tiny_folder).losses(transformer, make_batch([False] * 3))
+    holding = make_denoiser(tiny_folder, base=lambda: without_adapter(transformer), ask_base=ask_base)
+    losses = holding.losses(transformer, make_batch([True, False, True]))
+    assert losses.requires_grad and torch.equal(losses[1], plain[1])
+    adapted = predictions(transformer, make_batch([False] * 3), tiny_folder)
+    expected = (adapted - base_prediction).square().flatten(1).mean(dim=1)
+    torch.testing.assert_close(losses[[0, 2]], expected[[0, 2]] * torch.tensor([2.0, 1.0]))
+    assert (losses[[0, 2]] != plain[[0, 2]]).all()
+    nothing_held = holding.losses(transformer, make_batch([False] * 3))
+    assert torch.equal(nothing_held, plain)
+
+
+def predictions(transformer: torch.nn.Module, batch: Batch, folder: Path) -> torch.Tensor:
+    """What the transformer predicts for a batch."""
+    denoiser = make_denoiser(folder)
+    noisy = diffusion.add_noise(batch.latents, batch.noise, batch.timesteps, denoiser.alphas_cumprod)
+    return denoiser.predict(transformer, noisy, batch.embeddings, batch.timesteps)

@@ -116,9 +116,12 @@ def _make_batch(facts: ModelFacts, size: tuple[int, int, int], device: torch.dev
         noise=torch.randn(shape, generator=generator),
         embeddings=text,
         timesteps=torch.tensor([diffusion.NUM_TIMESTEPS // 2]),
+        weights=torch.ones(1),
+        held=torch.tensor([False]),
         positions=[0],
         clips=[],
         dropped=[],
+        num_held=0,
     ).to(device)
 
 

@@ -268,6 +268,8 @@ def perform_all(
                 results.append(future.result())
             except UserError as error:
                 print(f"FAILED {error}", flush=True)
+            except torch.OutOfMemoryError as error:  # with several at once on one GPU; the training is kept
+                print(f"FAILED to score {job.slug}: {str(error).splitlines()[0]}; lower --jobs or --batch-size")
             else:
                 print(f"{job.slug}: {_describe(results[-1])}", flush=True)
         time.sleep(0.05)

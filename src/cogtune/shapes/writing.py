@@ -27,7 +27,8 @@ def write_clips(
 ) -> None:
     """Writes clips 0 .. count - 1 of a split under a seed into an empty or new folder.
 
-    `num_ordinary` clips of the base split follow: they keep a model's other abilities while it learns the split's.
+    `num_ordinary` clips of the base split follow, marked as `prior`: they keep a model's other abilities while it
+    learns the split's.
     `weight`: how often an epoch shows each of the split's clips for one showing of an ordinary one. The same arguments
     give the same pictures and captions on every machine, in any number of worker processes.
     """
@@ -43,8 +44,8 @@ def write_clips(
         raise UserError(f"{folder} exists and is not an empty folder: name another one or remove it")
     (folder / "clips").mkdir(parents=True)
     write = partial(_write_clip, folder, seed)
-    jobs = [(number, split, number, weight) for number in range(count)]
-    jobs += [(count + number, "base", number, 1.0) for number in range(num_ordinary)]
+    jobs = [(number, split, number, weight, False) for number in range(count)]
+    jobs += [(count + number, "base", number, 1.0, True) for number in range(num_ordinary)]
     if workers == 1:
         rows = [write(*job) for job in jobs]
     else:
@@ -54,12 +55,15 @@ def write_clips(
     _write_lines(folder / "metadata.jsonl", (row for row, _ in rows))  # last: a folder with a manifest is complete
 
 
-def _write_clip(folder: Path, seed: int, number: int, split: str, index: int, weight: float) -> tuple[_Row, _Row]:
+def _write_clip(
+    folder: Path, seed: int, number: int, split: str, index: int, weight: float, prior: bool
+) -> tuple[_Row, _Row]:
     clip, text = captioned_clip(split, seed, index)
     name = f"clips/{number:06d}.mp4"
     write_video(folder / name, render(clip), FPS, crf=_CRF)
     row: _Row = {"video": name, "caption": text}
-    return row | ({"weight": weight} if weight != 1.0 else {}), {"video": name, **asdict(clip)}
+    extra = ({"weight": weight} if weight != 1.0 else {}) | ({"prior": True} if prior else {})
+    return row | extra, {"video": name, **asdict(clip)}
 
 
 def _write_lines(path: Path, rows: Iterable[_Row]) -> None:
