@@ -1,8 +1,8 @@
 """CogVideoX's attention, computed as diffusers' processor does with less memory traffic.
 
     projections   q, k and v of a frozen base are one matrix product, low-rank updates included
-    positions     norm and rotation of q and k are one pass over all tokens (text tokens turn by nothing) in compiled
-                  code on a GPU, and one expression elsewhere; diffusers' writes slices in place
+    positions     norm and rotation of q and k are one expression over all tokens (text tokens turn by nothing), which
+                  the compiler makes one kernel of; diffusers' writes slices in place
     attention     by the backend that was fastest for the run's shape on its device
 
 Whatever is not plain (trained base weights, dropout, DoRA) is projected layer by layer.
@@ -20,7 +20,6 @@ from torch.nn.attention import sdpa_kernel
 from cogtune.adapter import has_dropout, plain_update
 from cogtune.attention_backends import SDPA_BACKENDS, Backend
 from cogtune.frozen import FrozenLinear, apply_updated, is_frozen
-from cogtune.head_rows import head_rows
 from cogtune.low_rank import stack_updates
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
@@ -52,22 +51,29 @@ class FusedAttention:
 
 def attend(attn: Any, x: torch.Tensor, rotary: Rotary | None, backend: Backend) -> torch.Tensor:
     """Attention over the joint sequence [B, S, D], projected in and out; `rotary` has all its tokens."""
-    projected = project(attn, x)
-    if len(projected) == 1 and rotary is not None and _suits_rows(attn, projected[0]):
-        norms = (attn.norm_q.weight, attn.norm_q.bias, attn.norm_k.weight, attn.norm_k.bias)
-        query, key, value = head_rows(projected[0], norms, *rotary, attn.norm_q.eps, attn.heads)
-    else:
-        projected = projected if len(projected) == 3 else projected[0].chunk(3, dim=-1)
-        query, key, value = (part.unflatten(-1, (attn.heads, -1)) for part in projected)
-        query, key = (norm(part) if norm else part for norm, part in ((attn.norm_q, query), (attn.norm_k, key)))
-        if rotary is not None:
-            query, key = rotate(query, rotary), rotate(key, rotary)
+    query, key, value = (part.unflatten(-1, (attn.heads, -1)) for part in project(attn, x))
+    query, key = normalize_and_rotate(query, attn.norm_q, rotary), normalize_and_rotate(key, attn.norm_k, rotary)
     backends = SDPA_BACKENDS[backend]
     with sdpa_kernel(backends) if backends else contextlib.nullcontext():
         y = torch.nn.functional.scaled_dot_product_attention(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         )
     return attn.to_out[0](y.transpose(1, 2).flatten(2))
+
+
+def normalize_and_rotate(x: torch.Tensor, norm: Any, rotary: Rotary | None) -> torch.Tensor:
+    """`x` [B, S, H, D] normalized over D, then turned.
+
+    For the compiler both are one expression in float32, rounded once: it reads `x` once and writes the result.
+    """
+    if type(norm) is torch.nn.LayerNorm and rotary is not None and torch.compiler.is_compiling():
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        centred = wide - wide.mean(-1, keepdim=True)
+        normal = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + norm.eps)
+        return rotate(normal * norm.weight + norm.bias, rotary).to(x.dtype)
+    if norm is not None:
+        x = norm(x)
+    return x if rotary is None else rotate(x, rotary)
 
 
 def extend_rotary(rotary: Rotary, num_text: int) -> Rotary:
@@ -86,16 +92,8 @@ def rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
     return (wide * cos + swapped * signed_sin).to(x.dtype)
 
 
-def _suits_rows(attn: Any, joint: torch.Tensor) -> bool:
-    """Whether one pass can do norm and rotation: in compiled code on a GPU, with frozen norms."""
-    norms = [attn.norm_q, attn.norm_k]
-    size = joint.shape[-1] // 3 // attn.heads
-    plain = all(type(norm) is torch.nn.LayerNorm and norm.bias is not None and is_frozen(norm) for norm in norms)
-    return plain and joint.is_cuda and torch.compiler.is_compiling() and size & (size - 1) == 0
-
-
 def project(attn: Attention, x: torch.Tensor) -> list[torch.Tensor]:
-    """q, k and v [B, S, D] of `x` [B, S, D], or [B, S, 3 D] where `fuse_projections` has prepared one product."""
+    """q, k and v [B, S, D] of `x` [B, S, D]: in one product where `fuse_projections` has prepared the layer for it."""
     layers = [attn.to_q, attn.to_k, attn.to_v]
     fused: Any = getattr(attn, "qkv", None)
     if fused is None:
@@ -111,7 +109,7 @@ def project(attn: Attention, x: torch.Tensor) -> list[torch.Tensor]:
         y = apply_updated(fused, x, stack_updates(updates, [size] * 3))
     else:
         y = fused(x)
-    return [y]
+    return list(y.split(size, dim=-1))
 
 
 def install_attention(transformer: CogVideoXTransformer3DModel, backend: Backend) -> None:
