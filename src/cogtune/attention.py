@@ -52,28 +52,18 @@ class FusedAttention:
 def attend(attn: Any, x: torch.Tensor, rotary: Rotary | None, backend: Backend) -> torch.Tensor:
     """Attention over the joint sequence [B, S, D], projected in and out; `rotary` has all its tokens."""
     query, key, value = (part.unflatten(-1, (attn.heads, -1)) for part in project(attn, x))
-    query, key = normalize_and_rotate(query, attn.norm_q, rotary), normalize_and_rotate(key, attn.norm_k, rotary)
+    if attn.norm_q is not None:
+        query = attn.norm_q(query)
+    if attn.norm_k is not None:
+        key = attn.norm_k(key)
+    if rotary is not None:
+        query, key = rotate(query, rotary), rotate(key, rotary)
     backends = SDPA_BACKENDS[backend]
     with sdpa_kernel(backends) if backends else contextlib.nullcontext():
         y = torch.nn.functional.scaled_dot_product_attention(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         )
     return attn.to_out[0](y.transpose(1, 2).flatten(2))
-
-
-def normalize_and_rotate(x: torch.Tensor, norm: Any, rotary: Rotary | None) -> torch.Tensor:
-    """`x` [B, S, H, D] normalized over D, then turned.
-
-    For the compiler both are one expression in float32, rounded once: it reads `x` once and writes the result.
-    """
-    if type(norm) is torch.nn.LayerNorm and rotary is not None and torch.compiler.is_compiling():
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        centred = wide - wide.mean(-1, keepdim=True)
-        normal = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + norm.eps)
-        return rotate(normal * norm.weight + norm.bias, rotary).to(x.dtype)
-    if norm is not None:
-        x = norm(x)
-    return x if rotary is None else rotate(x, rotary)
 
 
 def extend_rotary(rotary: Rotary, num_text: int) -> Rotary:

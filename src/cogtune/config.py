@@ -118,6 +118,9 @@ class TrainSettings(Section):
     which is what guidance samples against."""
     timestep_strata: Positive = 16
     """This many consecutive samples cover the timesteps evenly, one in each part; 1: independent draws."""
+    lowest_timestep: Annotated[int, Field(ge=0, le=998)] = 0
+    """Timesteps are drawn from here to 999. What a clip shows is settled at the high ones; the low ones polish details,
+    which a base model does well already."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Average the trained weights with this decay, for validation and the final weights; null: don't."""
     prior_target: Literal["auto", "base", "clip"] = "auto"

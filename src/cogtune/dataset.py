@@ -89,6 +89,7 @@ class TrainingSet(Dataset[Batch]):
         scaling_factor: float,
         caption_dropout: float,
         timestep_strata: int,
+        lowest_timestep: int = 0,
         dropped_caption_key: str | None = None,
         prior_weight: float = 1.0,
         hold_prior: bool = False,
@@ -97,7 +98,7 @@ class TrainingSet(Dataset[Batch]):
         """`hold_prior`, `hold_dropped`: prior clips, and samples without caption, go towards the base model."""
         self._entries, self._cache, self._seed = list(entries), cache, seed
         self._scaling_factor = scaling_factor
-        self._caption_dropout, self._strata = caption_dropout, timestep_strata
+        self._caption_dropout, self._strata, self._lowest = caption_dropout, timestep_strata, lowest_timestep
         self._dropped_caption_key = dropped_caption_key
         self._prior_weight, self._hold_prior, self._hold_dropped = prior_weight, hold_prior, hold_dropped
         self._kept: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
@@ -112,7 +113,7 @@ class TrainingSet(Dataset[Batch]):
         posterior_noise, noise = draw_noise(self._seed, position, tuple(mean.shape))
         latents = (mean + std * posterior_noise) * self._scaling_factor
         dropped = draw_caption_dropped(self._seed, position, self._caption_dropout)
-        timestep = draw_timestep(self._seed, position, self._strata)
+        timestep = draw_timestep(self._seed, position, self._strata, self._lowest)
         held = (self._hold_prior and entry.clip.prior) or (self._hold_dropped and dropped)
         return Batch(
             latents=latents.transpose(0, 1)[None],

@@ -314,6 +314,7 @@ class Run:
             scaling_factor=self.plan.facts.scaling_factor,
             caption_dropout=train.caption_dropout,
             timestep_strata=train.timestep_strata,
+            lowest_timestep=train.lowest_timestep,
             dropped_caption_key=self.data.keys.text("") if train.dropped_caption == "empty" else None,
             prior_weight=train.prior_weight,
             hold_prior=self.plan.hold_prior,

@@ -16,6 +16,7 @@ from cogtune.config import AdapterSettings
 from cogtune.float8 import quantize_rows
 from cogtune.frozen import (
     Float8Base,
+    Float8FeedForward,
     FrozenLinear,
     apply_updated,
     count_float8_parameters,
@@ -216,3 +217,32 @@ def test_saved_adapters_are_the_same(tmp_path: Path) -> None:
     stock, float8 = (load_file(tmp_path / name / WEIGHTS_NAME) for name in ("stock", "float8"))
     assert stock.keys() == float8.keys()
     assert all(stock[key].numpy().tobytes() == tensor.numpy().tobytes() for key, tensor in float8.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_float8_feed_forward_is_its_layers_one_after_another(dtype: torch.dtype) -> None:
+    """Up to the rounding of what lies between them; its gradient too."""
+    transformer = make_random_transformer("tiny", seed=0, device=torch.device("cpu"), dtype=dtype)
+    plain = copy.deepcopy(transformer.transformer_blocks[0].ff).requires_grad_(False)
+    transformer.requires_grad_(False)
+    quantize_base(transformer)
+    fused = transformer.transformer_blocks[0].ff
+    assert isinstance(fused, Float8FeedForward)
+    x = draw(2, 9, plain.net[2].out_features, seed=1).to(dtype).requires_grad_()
+    grad = draw(2, 9, plain.net[2].out_features, seed=2).to(dtype)
+    results = {}
+    for name, module in (("fused", fused), ("layers", lambda x: fused.net[2](fused.net[0](x))), ("exact", plain)):
+        y = module(x)
+        results[name] = (y.detach(), torch.autograd.grad(y, x, grad)[0])
+        assert results[name][0].dtype == results[name][1].dtype == dtype
+    rounding = 0.02 if dtype == torch.bfloat16 else 2e-6
+    for index in range(2):
+        assert relative_error(results["fused"][index], results["layers"][index]) < rounding
+        assert 5e-3 < relative_error(results["fused"][index], results["exact"][index]) < 0.1
+
+
+def test_an_adapted_feed_forward_keeps_its_layers() -> None:
+    settings = AdapterSettings(rank=4, target_modules=["to_q", "ff.net.2"])
+    transformer = make_transformer("tiny", settings, torch.float32)
+    quantize_base(transformer)
+    assert not any(isinstance(module, Float8FeedForward) for module in transformer.modules())
