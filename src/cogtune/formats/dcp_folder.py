@@ -6,6 +6,7 @@ that torch itself reads with `weights_only`.
 
 import pickle
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,9 @@ def open_dcp(folder: Path) -> Tensors:
 
     def read(name: str) -> torch.Tensor:
         state: dict[str, Any] = {name: torch.empty(specs[name].shape, dtype=specs[name].dtype)}
-        dcp.load(state, storage_reader=reader, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch tells that there is one process, as is meant
+            dcp.load(state, storage_reader=reader, no_dist=True)
         return state[name]
 
     return Tensors(str(folder), specs, read)

@@ -52,7 +52,7 @@ def open_deepspeed(folder: Path, tag: str) -> Tensors:
     for file in [*sorted((folder / tag).glob("*_model_states.pt")), *optimizer_files]:
         load_plain(file, allowed=_deepspeed_records())  # says which file is wrong, and how
     try:
-        with _tensors_only(), contextlib.redirect_stdout(io.StringIO()):
+        with _tensors_only(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             state = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(folder), tag, lazy_mode=True)
     except (ValueError, KeyError, FileNotFoundError, NotImplementedError, RuntimeError, AssertionError) as error:
         raise UserError(f"{label}: DeepSpeed can't put it together ({str(error).splitlines()[0]})") from None
@@ -67,8 +67,9 @@ def _open_unpartitioned(folder: Path) -> Tensors:
         raise UserError(
             f"{folder}: ZeRO-3's weights are in the *_optim_states.pt files, and there are none; copy them too"
         )
-    found = load_plain(files[0], allowed=_deepspeed_records())
-    state = {n: t for n, t in (found.get("module") or {}).items() if isinstance(t, torch.Tensor)}
+    found: dict[str, Any] = load_plain(files[0], allowed=_deepspeed_records())
+    module: dict[str, Any] = found.get("module") or {}
+    state = {n: t for n, t in module.items() if isinstance(t, torch.Tensor)}
     return Tensors(
         str(folder), {n: Spec(tuple(t.shape), t.dtype) for n, t in state.items()}, lambda n: state[n].clone()
     )
