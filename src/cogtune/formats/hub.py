@@ -3,6 +3,7 @@
 The token is `HF_TOKEN`, or the one that `hf auth login` keeps; it is written nowhere.
 """
 
+import importlib
 from pathlib import Path
 
 from cogtune.adapter import WEIGHTS_NAME
@@ -44,7 +45,6 @@ def check_folder(folder: Path) -> None:
 
 def push_folder(folder: Path, repository: str, *, public: bool) -> str:
     """Uploads the folder in one commit and gives the repository's URL; a new one is private unless `public`."""
-    import httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -61,10 +61,18 @@ def push_folder(folder: Path, repository: str, *, public: bool) -> str:
         )
     except OfflineModeIsEnabled:
         raise UserError(f"--push-to-hub {repository}: HF_HUB_OFFLINE is set; unset it to upload") from None
-    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
+    except (HfHubHTTPError, *_network_errors(), OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"--push-to-hub {repository}: the upload failed ({reason}); check the name, the token's write access and "
             f"the network, then repeat it with: python scripts/push.py {folder} --push-to-hub {repository}"
         ) from None
     return str(url)
+
+
+def _network_errors() -> tuple[type[Exception], ...]:
+    """What the hub's client raises when it reaches no server: httpx's classes, or its successor's."""
+    from huggingface_hub import get_session
+
+    client = importlib.import_module(type(get_session()).__module__.split(".")[0])
+    return (client.HTTPError,)

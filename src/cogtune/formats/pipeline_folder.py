@@ -17,7 +17,12 @@ def open_component(path: str | Path, component: str) -> tuple[dict[str, Any], Te
     """Config and weights of a component, from its own folder, a pipeline folder, or a name that `model.path` takes."""
     folder = Path(path)
     if not (folder / "config.json").is_file():
-        folder = find_folder(str(path)) / component
+        pipeline = find_folder(str(path))
+        if not (pipeline / component).is_dir():
+            raise UserError(
+                f"{pipeline}: no model_index.json and {component}/ there; give a pipeline, or its {component}/"
+            )
+        folder = pipeline / component
     config = read_config(folder / "config.json")
     found = config.get("_class_name", _CLASSES[component])
     if found != _CLASSES[component]:

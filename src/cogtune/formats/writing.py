@@ -100,8 +100,11 @@ def write_torch_file(tensors: Tensors, file: Path, *, under: str) -> None:
     """A torch file `{under: {name: tensor}}`: laid out without data first, then filled in tensor by tensor."""
     # Memory that nobody touches isn't there: `empty` only reserves addresses.
     layout = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in tensors.specs.items()}
-    with skip_data():
-        torch.save({under: layout}, file)
+    try:
+        with skip_data():
+            torch.save({under: layout}, file)
+    except RuntimeError as error:  # torch's writer has no other error for a full disk
+        raise OSError(str(error).splitlines()[0]) from error
     del layout
     with FakeTensorMode():
         laid_out = torch.load(file, weights_only=True)[under]
