@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,11 +40,11 @@ def bad(run_command: Callable, tmp_path: Path) -> Callable[..., str]:
     """Runs a command that must refuse, and must leave nothing behind; gives its message."""
 
     def call(*arguments: object) -> str:
-        before = {path for path in tmp_path.rglob("*")}
+        before = set(tmp_path.rglob("*"))
         outcome = run_command(*arguments)
         assert outcome.code == 2, outcome.err
         assert outcome.err.count("error: ") == 1 and "Traceback" not in outcome.err
-        assert {path for path in tmp_path.rglob("*")} == before
+        assert set(tmp_path.rglob("*")) == before
         return outcome.err
 
     return call
@@ -264,6 +266,62 @@ def test_one_line_says_what_is_wrong(
         "other": tmp_path / "other",
     }
     assert message in bad(*[argument.format(**places) for argument in arguments])
+
+
+@pytest.mark.parametrize("case", ["missing", "unknown", "shape"])
+def test_wrong_keys_of_a_sat_file(case: str, good, bad, tiny_folder: Path, tmp_path: Path) -> None:
+    good(CONVERT, "to-sat", "transformer", tiny_folder, "sat")
+    file = tmp_path / "sat" / "1" / "mp_rank_00_model_states.pt"
+    state = torch.load(file, weights_only=True)["module"]
+    key = "model.diffusion_model.transformer.layers.1.mlp.dense_h_to_4h.bias"
+    if case == "missing":
+        del state[key]
+        message = f"1 missing key(s), first {key}"
+    elif case == "unknown":
+        state["model.diffusion_model.extra"], message = (
+            torch.zeros(1),
+            "1 unknown key(s), first model.diffusion_model.extra",
+        )
+    else:
+        state[key], message = torch.zeros(5), f"{key} is [5] and should be [128]"
+    torch.save({"module": state}, file)
+    assert message in bad(CONVERT, "from-sat", "transformer", "sat", "out", "--base", tiny_folder)
+
+
+GROWTH = """
+import resource, sys
+from pathlib import Path
+import torch
+from cogtune.formats import sat_transformer as sat
+from cogtune.formats.tensors import Spec, Tensors
+from cogtune.formats.sat_folder import open_sat, write_sat_folder
+from cogtune.formats.writing import write_component
+
+sizes = {"num_attention_heads": 8, "attention_head_dim": 64, "use_rotary_positional_embeddings": True}
+config = sat.complete_config({"num_layers": int(sys.argv[1]), **sizes})
+specs = sat.model_specs(config)
+source = Tensors("zeros", specs, lambda name: torch.full(specs[name].shape, 0.5))
+write_sat_folder(sat.to_sat(source, config), Path("sat"))
+write_component(sat.from_sat(sat.split_off(open_sat(Path("sat")))[0], config), config, Path("out"))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, sum(spec.num_bytes for spec in specs.values()) / 2**20)
+"""
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """A small model and one of over 400 MiB more, there and back, each in a process of its own."""
+    peaks, sizes = [], []
+    for layers in (2, 36):
+        folder = tmp_path / str(layers)
+        folder.mkdir()
+        done = subprocess.run(
+            [sys.executable, "-c", GROWTH, str(layers)], cwd=folder, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stderr
+        peak, size = map(float, done.stdout.split()[-2:])
+        peaks, sizes = [*peaks, peak], [*sizes, size]
+        shutil.rmtree(folder)
+    assert sizes[1] - sizes[0] > 400
+    assert peaks[1] - peaks[0] < 60, (peaks, sizes)
 
 
 def test_a_disk_that_refuses_leaves_nothing(bad: Callable[..., str], tiny_folder: Path, trained: Path) -> None:

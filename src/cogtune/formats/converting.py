@@ -44,9 +44,7 @@ def parse_conversion(description: str, argv: list[str] | None = None) -> argpars
     command.add_argument("source", type=Path, help="SAT folder (with 'latest'), or a .pt file")
     add_output(command, "folder to write (lora: or a .safetensors file)")
     command.add_argument("--base", help="model whose other components make a whole pipeline of it")
-    command.add_argument(
-        "--config", type=Path, help="the component's config.json, where the released sizes are not meant"
-    )
+    command.add_argument("--config", type=Path, help="the component's config.json; default: the base's own")
     command.add_argument("--positions", choices=["rotary", "sincos"], help="transformer: 5B, 1.5: rotary; 2B: sincos")
     command.add_argument("--scaling-factor", type=float, help="vae: 1.15258426 (2B) or 0.7 (the others)")
     command.add_argument("--without-lora", action="store_true", help="transformer: leave a LoRA in the file out")
@@ -96,7 +94,7 @@ def from_sat(options: argparse.Namespace) -> None:
         )
         return
     _refuse(options, "lora", "alpha")
-    config = None if options.config is None else read_config(options.config)
+    config = _given_config(options)
     if options.part == "vae":
         _refuse(options, "transformer", "positions", "without_lora")
         tensors, notes = sat_vae.split_off(open_torch_file(options.source))
@@ -116,6 +114,15 @@ def from_sat(options: argparse.Namespace) -> None:
     write_model_result(
         _cast(converted, options), config, options.part, options, base=options.base, made="Converted from SAT"
     )
+
+
+def _given_config(options: argparse.Namespace) -> dict[str, Any] | None:
+    """The file's, or else the base's; None where the tensors are to give it."""
+    if options.config is not None:
+        return read_config(options.config)
+    if options.base is None or options.positions is not None or options.scaling_factor is not None:
+        return None
+    return open_component(options.base, options.part)[0]
 
 
 def to_sat(options: argparse.Namespace) -> None:

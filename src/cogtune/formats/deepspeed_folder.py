@@ -51,9 +51,17 @@ def open_deepspeed(folder: Path, tag: str) -> Tensors:
         return _open_unpartitioned(folder / tag)
     for file in [*sorted((folder / tag).glob("*_model_states.pt")), *optimizer_files]:
         load_plain(file, allowed=_deepspeed_records())  # says which file is wrong, and how
-    try:
+
+    def collect(*, only_trained: bool) -> Any:
         with _tensors_only(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            state = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(folder), tag, lazy_mode=True)
+            return zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(
+                str(folder), tag, exclude_frozen_parameters=only_trained, lazy_mode=True
+            )
+
+    try:
+        state = collect(only_trained=True)
+        if not any(".lora_" in name for name in state):  # an adapter's frozen base isn't wanted, and may not fit
+            state = collect(only_trained=False)
     except (ValueError, KeyError, FileNotFoundError, NotImplementedError, RuntimeError, AssertionError) as error:
         raise UserError(f"{label}: DeepSpeed can't put it together ({str(error).splitlines()[0]})") from None
     specs = {name: Spec(tuple(piece.shape), piece.dtype) for name, piece in state.items()}

@@ -19,9 +19,7 @@ def open_component(path: str | Path, component: str) -> tuple[dict[str, Any], Te
     if not (folder / "config.json").is_file():
         pipeline = find_folder(str(path))
         if not (pipeline / component).is_dir():
-            raise UserError(
-                f"{pipeline}: no model_index.json and {component}/ there; give a pipeline, or its {component}/"
-            )
+            raise UserError(f"{pipeline}: no model_index.json and {component}/ there; give a pipeline's folder")
         folder = pipeline / component
     config = read_config(folder / "config.json")
     found = config.get("_class_name", _CLASSES[component])

@@ -182,10 +182,18 @@ def split_off(tensors: Tensors, *, without_lora: bool = False) -> tuple[Tensors,
         for names, why in ((lora, "of a LoRA"), (others, "of other parts"), (computed, "that are computed"))
         if names
     ]
-    plain = Tensors(
-        tensors.label, {name: tensors.specs[o] for name, o in origin.items()}, lambda name: tensors.read(origin[name])
-    )
-    return plain, notes
+    specs = {name: tensors.specs[o] for name, o in origin.items()}
+    patch, bias = f"{PREFIX}mixins.patch_embed.proj.weight", f"{PREFIX}mixins.patch_embed.proj.bias"
+    zeros: dict[str, torch.Tensor] = {}
+    if patch in specs and len(specs[patch].shape) == 2 and bias not in specs:
+        zeros[bias] = torch.zeros(specs[patch].shape[0], dtype=specs[patch].dtype)
+        specs[bias] = spec_of(zeros[bias])
+        notes.append("added: a patch bias of zeros, which the file doesn't have and diffusers' layer does")
+
+    def read(name: str) -> torch.Tensor:
+        return zeros[name] if name in zeros else tensors.read(origin[name])
+
+    return Tensors(tensors.label, specs, read), notes
 
 
 def from_sat(tensors: Tensors, config: dict[str, Any]) -> Tensors:

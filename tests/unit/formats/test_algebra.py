@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
-from test_lora_styles import KINDS, run, train
+from trained_adapters import KINDS, run, train
 
 from cogtune import models
 from cogtune.config import AdapterSettings

@@ -9,6 +9,7 @@ import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from safetensors.torch import load_file, save_file
 from sat_reference import forward
+from trained_adapters import KINDS, run, train
 
 from cogtune import adapter as training
 from cogtune import models
@@ -27,40 +28,6 @@ from cogtune.formats.lora import (
 from cogtune.formats.lora_keys import Style, make_key, make_sat_key, parse_key, parse_sat_key
 from cogtune.formats.sat_folder import open_sat, write_sat_folder
 from cogtune.formats.tensors import hold
-
-EVERYWHERE = ["to_q", "to_k", "to_v", "to_out.0", r".*ff\.net\.(0\.proj|2)", r".*norm1\.linear", "proj_out"]
-KINDS = {
-    "alpha differs from rank": AdapterSettings(rank=4, alpha=9.0),
-    "rslora": AdapterSettings(rank=4, alpha=3.0, use_rslora=True),
-    "every kind of layer": AdapterSettings(rank=3, alpha=2.0, target_modules=EVERYWHERE),
-}
-
-
-def train(folder: Path, out: Path, settings: AdapterSettings, seed: int = 2) -> torch.nn.Module:
-    """A saved adapter that has left its start, and the transformer that has it."""
-    transformer = models.load_transformer(models.read_facts(folder), torch.float32)
-    training.add_lora(transformer, settings, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in training.adapter_parameters(transformer).items():
-            if "lora_B" in name:
-                parameter.normal_(std=0.3, generator=generator)
-            if "magnitude" in name:
-                parameter.mul_(1 + 0.3 * torch.rand(parameter.shape, generator=generator))
-    out.mkdir(parents=True, exist_ok=True)
-    training.save_adapter(transformer, out, trained=True)
-    return transformer
-
-
-@torch.no_grad()
-def run(transformer: torch.nn.Module, seed: int = 3) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return transformer(
-        torch.randn(1, 5, 16, 8, 12, generator=generator),
-        torch.randn(1, 32, 32, generator=generator),
-        torch.tensor([437]),
-        return_dict=False,
-    )[0]
 
 
 def load_stock(folder: Path, adapter: Path) -> CogVideoXTransformer3DModel:

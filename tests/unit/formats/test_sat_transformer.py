@@ -239,6 +239,19 @@ def test_other_parts_and_computed_tensors_are_left_out_and_named() -> None:
     assert len(notes) == 2 and "2 tensor(s) of other parts" in notes[0] and "2 tensor(s) that are computed" in notes[1]
 
 
+def test_a_patch_without_bias_is_one_with_zeros() -> None:
+    """diffusers' linear patch layer always has a bias, whatever its config says."""
+    model = make_model("1.5, patches in time")
+    model.patch_embed.proj.bias.zero_()
+    tensors = sat.to_sat(hold("model", model.state_dict()), make_config(model))
+    state = {key: tensors.read(key) for key in tensors.specs}
+    del state[f"{sat.PREFIX}mixins.patch_embed.proj.bias"]
+    opened, notes = sat.split_off(hold("file.pt", state))
+    converted = sat.from_sat(opened, make_config(model))
+    assert all(torch.equal(converted.read(key), tensor) for key, tensor in model.state_dict().items())
+    assert notes == ["added: a patch bias of zeros, which the file doesn't have and diffusers' layer does"]
+
+
 def test_a_model_of_another_kind_is_refused_by_its_table() -> None:
     model = make_model("5B-I2V, learned positions")
     tensors = sat.to_sat(hold("model", model.state_dict()), make_config(model))
