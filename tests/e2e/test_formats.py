@@ -1,6 +1,8 @@
 """`scripts/convert.py` and `scripts/export.py`: whole ways by their commands, and one clear line for what is wrong."""
 
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from cogtune import adapter, models
 from cogtune.config import AdapterSettings
+from cogtune.formats.converting import parse_conversion
+from cogtune.formats.exporting import parse_export
 
 CONVERT, EXPORT = "scripts/convert.py", "scripts/export.py"
 
@@ -266,6 +270,23 @@ def test_one_line_says_what_is_wrong(
         "other": tmp_path / "other",
     }
     assert message in bad(*[argument.format(**places) for argument in arguments])
+
+
+def test_commands_in_the_docs_parse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_something")
+    root = Path(__file__).resolve().parents[2]
+    shown = re.findall(
+        r"^python scripts/(convert|export)\.py (.+)$", (root / "docs/formats.md").read_text(), re.MULTILINE
+    )
+    shown += [
+        (Path(script).stem, line)
+        for script in (CONVERT, EXPORT)
+        for line in re.findall(r"^python scripts/\w+\.py (.+)$", (root / script).read_text(), re.MULTILINE)
+    ]
+    assert len(shown) >= 16
+    for script, arguments in shown:
+        parse = {"convert": parse_conversion, "export": parse_export}[script]
+        assert callable(parse("", shlex.split(arguments)).run)
 
 
 @pytest.mark.parametrize("case", ["missing", "unknown", "shape"])
