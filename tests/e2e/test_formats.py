@@ -309,6 +309,24 @@ def test_wrong_keys_of_a_sat_file(case: str, good, bad, tiny_folder: Path, tmp_p
     assert message in bad(CONVERT, "from-sat", "transformer", "sat", "out", "--base", tiny_folder)
 
 
+def test_weights_of_another_variant(good, bad, tiny_folder: Path, tmp_path: Path) -> None:
+    good(CONVERT, "to-sat", "transformer", tiny_folder, "sat")
+    config = json.loads((tiny_folder / "transformer" / "config.json").read_text())
+    for name, change, message in (
+        ("i2v", {"in_channels": 32}, "patch_embed.proj.weight is [32, 16, 2, 2] and should be [32, 32, 2, 2]"),
+        ("longer", {"num_layers": 3}, "missing key(s), first model.diffusion_model.mixins.adaln_layer"),
+        ("1.5", {"patch_size_t": 2}, "patch_embed.proj.weight is [32, 16, 2, 2] and should be [32, 128]"),
+        ("ofs", {"ofs_embed_dim": 32}, "4 missing key(s), first model.diffusion_model.ofs_embed.0.bias"),
+        ("learned", {"use_learned_positional_embeddings": True}, "pos_embed.pos_embedding"),
+        ("nothing", {"num_layers": "many"}, "the config makes no transformer"),
+    ):
+        Path(f"{name}.json").write_text(json.dumps(config | change))
+        assert message in bad(CONVERT, "from-sat", "transformer", "sat", "out", "--config", f"{name}.json")
+    Path("list.json").write_text("[1]")
+    assert "no config of a component" in bad(CONVERT, "from-sat", "transformer", "sat", "out", "--config", "list.json")
+    assert "cannot be read" in bad(CONVERT, "from-sat", "transformer", "sat", "out", "--config", "nowhere.json")
+
+
 GROWTH = """
 import resource, sys
 from pathlib import Path

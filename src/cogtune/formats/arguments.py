@@ -1,6 +1,7 @@
 """Options that `scripts/convert.py`, `scripts/export.py` and `scripts/push.py` share."""
 
 import argparse
+import math
 from pathlib import Path
 
 from cogtune.cli import CommandParser
@@ -55,7 +56,11 @@ def add_adapters(parser: argparse.ArgumentParser) -> None:
 
 def read_adapters(options: argparse.Namespace) -> list[tuple[Path, float]]:
     """Paths and scales of `--lora`."""
-    return [parse_adapter(text) for text in options.lora]
+    given = [parse_adapter(text) for text in options.lora]
+    for path, scale in given:
+        if not math.isfinite(scale):
+            raise UserError(f"--lora {path}:{scale}: the scale must be a finite number")
+    return given
 
 
 def check_options(options: argparse.Namespace) -> argparse.Namespace:

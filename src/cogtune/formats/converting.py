@@ -94,6 +94,8 @@ def from_sat(options: argparse.Namespace) -> None:
         )
         return
     _refuse(options, "lora", "alpha")
+    if options.push_to_hub and options.base is None:
+        raise UserError("--push-to-hub: a component by itself has no model card; give --base to make a pipeline of it")
     config = _given_config(options)
     if options.part == "vae":
         _refuse(options, "transformer", "positions", "without_lora")
@@ -119,7 +121,7 @@ def from_sat(options: argparse.Namespace) -> None:
 def _given_config(options: argparse.Namespace) -> dict[str, Any] | None:
     """The file's, or else the base's; None where the tensors are to give it."""
     if options.config is not None:
-        return read_config(options.config)
+        return read_config(options.config, options.part)
     if options.base is None or options.positions is not None or options.scaling_factor is not None:
         return None
     return open_component(options.base, options.part)[0]
@@ -170,7 +172,7 @@ def convert_checkpoint(options: argparse.Namespace) -> None:
                 f"{options.source}: holds an adapter, and not its lora_alpha, which decides its strength; give --alpha "
                 "(the vendor's trainer: 64 unless --lora_alpha was given)"
             )
-        adapter = make_adapter(cast(adapter_tensors(tensors), _dtype(options)), alpha=options.alpha)
+        adapter = make_adapter(adapter_tensors(tensors), alpha=options.alpha, dtype=_dtype(options))
         adapter.check_trained()
         check_fits(adapter, dict(base.specs))
         write_adapter_result(adapter, options, style="diffusers", fold=False, made=made, base=options.base)

@@ -5,7 +5,6 @@ that torch itself reads with `weights_only`.
 """
 
 import pickle
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,22 +16,32 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from cogtune.errors import UserError
 from cogtune.formats.tensors import Spec, Tensors
 
+_INDEX_CLASSES = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "PurePosixPath"},
+    "pathlib._local": {"PosixPath", "PurePosixPath"},
+}
+
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Makes the classes of torch.distributed.checkpoint's index and refuses any other."""
+    """Makes what torch.distributed.checkpoint's index is made of and refuses anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        own = module.startswith("torch.distributed.checkpoint.") and re.fullmatch(r"_?[A-Z]\w+", name)
-        paths = module.startswith("pathlib") and name in ("PosixPath", "PurePosixPath", "Path", "PurePath")
-        plain = (module, name) in {
-            ("torch", "Size"),
-            ("torch", "device"),
-            ("torch.serialization", "_get_layout"),
-            ("torch._utils", "_rebuild_device"),
-            ("collections", "OrderedDict"),
-            ("builtins", "set"),
-        } or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
-        if not (own or paths or plain):
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if name not in _INDEX_CLASSES.get(module, set()) and not is_dtype:
             raise pickle.UnpicklingError(f"{module}.{name}")
         return super().find_class(module, name)
 
@@ -53,6 +62,7 @@ class _Reader(dcp.FileSystemReader):
 
 
 def open_dcp(folder: Path) -> Tensors:
+    """The tensors of a folder with `.metadata`, the optimizer's left out; raises `UserError` for a damaged one."""
     try:
         reader = _Reader(folder)
         entries = reader.read_metadata().state_dict_metadata

@@ -40,6 +40,7 @@ def find_deepspeed(path: Path) -> tuple[Path, str]:
 
 
 def open_deepspeed(folder: Path, tag: str) -> Tensors:
+    """The float32 master weights in folder/tag; where an adapter was trained, without its frozen base."""
     label = str(folder / tag)
     try:
         # An optional dependency, and slow to import.
@@ -69,7 +70,7 @@ def open_deepspeed(folder: Path, tag: str) -> Tensors:
 
 
 def _open_unpartitioned(folder: Path) -> Tensors:
-    """A folder without the optimizer's pieces: whole weights, unless ZeRO-3 left each process a part of them."""
+    """A folder without the optimizer's pieces: weights as they were computed with; ZeRO-3's are not in it."""
     files = sorted(folder.glob("*_model_states.pt"))
     if any(file.name.startswith("zero_pp_rank") for file in files):
         raise UserError(

@@ -19,7 +19,7 @@ from cogtune.formats.arguments import (
     make_parser,
     read_adapters,
 )
-from cogtune.formats.lora import Adapter, read_adapter
+from cogtune.formats.lora import read_adapter
 from cogtune.formats.pipeline_folder import open_component
 from cogtune.formats.results import write_adapter_result, write_model_result
 from cogtune.formats.tensors import cast
@@ -111,7 +111,6 @@ def cast_weights(options: argparse.Namespace) -> None:
         return
     if options.out.suffix not in ("", ".safetensors"):
         raise UserError(f"{options.out}: must be a folder or a .safetensors file")
-    adapter = read_adapter(source)
-    cast_adapter = Adapter(adapter.label, {n: layer.to(dtype) for n, layer in adapter.layers.items()}, adapter.header)
+    adapter = read_adapter(source, dtype=dtype)
     made = f"{source.name} cast to {options.dtype}"
-    write_adapter_result(cast_adapter, options, style="diffusers", fold=False, made=made, base=None)
+    write_adapter_result(adapter, options, style="diffusers", fold=False, made=made, base=None)

@@ -15,7 +15,7 @@ from cogtune.adapter import WEIGHTS_NAME
 from cogtune.errors import UserError
 from cogtune.formats.lora_keys import Style, make_key, make_sat_key, parse_key, parse_sat_key
 from cogtune.formats.sat_folder import open_sat, write_sat_folder
-from cogtune.formats.tensors import Spec, Tensors, hold, open_safetensors
+from cogtune.formats.tensors import Spec, Tensors, cast, hold, open_safetensors
 from cogtune.formats.writing import write_safetensors
 
 
@@ -38,14 +38,9 @@ class LoraLayer:
         """The change of the weight, float32 [out, in]."""
         return self.scale * (self.up.float() @ self.down.float())
 
-    def to(self, dtype: torch.dtype) -> "LoraLayer":
-        """The layer in another precision."""
-        magnitude = None if self.magnitude is None else self.magnitude.to(dtype)
-        return LoraLayer(self.down.to(dtype), self.up.to(dtype), self.scale, magnitude)
-
-    def folded(self) -> "LoraLayer":
-        """The same update with a scale of 1."""
-        return replace(self, up=(self.up.float() * self.scale).to(self.up.dtype), scale=1.0)
+    def folded(self, scale: float = 1.0) -> "LoraLayer":
+        """The same update at another scale, float32: half precision may not hold the product."""
+        return replace(self, down=self.down.float(), up=self.up.float() * (self.scale / scale), scale=scale)
 
 
 @dataclass(frozen=True)
@@ -79,19 +74,26 @@ def find_lora_file(path: Path) -> Path:
     raise UserError(f"{path}: no adapter there; give a .safetensors file, or a folder with {WEIGHTS_NAME}")
 
 
-def read_adapter(path: Path, *, alpha: float | None = None) -> Adapter:
+def read_adapter(path: Path, *, alpha: float | None = None, dtype: torch.dtype | None = None) -> Adapter:
     """An adapter in any of the safetensors styles; strict about every tensor.
 
     Its strength is the header's, or that of its alpha tensors; with neither, `alpha`, or else alpha = rank as every
-    loader takes it.
+    loader takes it. `dtype` casts its matrices.
     """
     file = find_lora_file(path)
-    return make_adapter(open_safetensors(file), alpha=alpha, header=_read_header(file))
+    return make_adapter(open_safetensors(file), alpha=alpha, header=_read_header(file), dtype=dtype)
 
 
-def make_adapter(tensors: Tensors, *, alpha: float | None = None, header: dict[str, Any] | None = None) -> Adapter:
+def make_adapter(
+    tensors: Tensors,
+    *,
+    alpha: float | None = None,
+    header: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Adapter:
     """An adapter from its tensors under the names of any safetensors style."""
     header = header or {}
+    matrices = cast(tensors, dtype)
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key in tensors.specs:
         parsed = parse_key(key)
@@ -106,7 +108,7 @@ def make_adapter(tensors: Tensors, *, alpha: float | None = None, header: dict[s
             raise UserError(
                 f"{tensors.label}: {parsed[0]} is in it twice, second as {key}; the file mixes two adapters"
             )
-        part[parsed[1]] = tensors.read(key)
+        part[parsed[1]] = (tensors if parsed[1] == "alpha" else matrices).read(key)
     layers = {name: _make_layer(tensors.label, name, part, header, alpha) for name, part in parts.items()}
     if not layers:
         raise UserError(f"{tensors.label}: no adapter's tensors in it")
@@ -129,7 +131,9 @@ def _make_layer(
         raise UserError(f"{label}: {name} has no {' and no '.join(missing)} matrix; the file is damaged or incomplete")
     down, up = part["down"], part["up"]
     if not down.numel() or not up.numel():
-        raise UserError(f"{label}: {name} is empty; it was saved from a sharded model without gathering it first")
+        raise UserError(
+            f"{label}: {name} is empty: saved from a sharded model without gathering it; take the checkpoint (convert.py checkpoint)"
+        )
     if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
         raise UserError(
             f"{label}: {name} is {list(down.shape)} and {list(up.shape)}, and should be [rank, in] and [out, rank]; "
@@ -240,9 +244,8 @@ def write_sat_adapter(adapter: Adapter, folder: Path, *, fold: bool) -> float:
             raise UserError(
                 f"{adapter.label}: {what} has no place in SAT's LoRA, which has attention's q, k, v and out"
             )
-        # With alpha 1 SAT multiplies by 1 / rank.
-        up = (layer.up.float() * layer.scale * layer.rank).to(layer.up.dtype) if fold else layer.up
-        state |= {str(make_sat_key(name, "down")): layer.down, key: up}
+        held = layer.folded(1 / layer.rank) if fold else layer  # what SAT multiplies by, with alpha 1
+        state |= {str(make_sat_key(name, "down")): held.down, key: held.up}
     _check_sat_blocks(adapter)
     write_sat_folder(Tensors(adapter.label, hold("", state).specs, lambda name: state[name]), folder)
     return 1.0 if fold else strengths.pop()

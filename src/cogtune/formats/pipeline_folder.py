@@ -21,15 +21,11 @@ def open_component(path: str | Path, component: str) -> tuple[dict[str, Any], Te
         if not (pipeline / component).is_dir():
             raise UserError(f"{pipeline}: no model_index.json and {component}/ there; give a pipeline's folder")
         folder = pipeline / component
-    config = read_config(folder / "config.json")
-    found = config.get("_class_name", _CLASSES[component])
-    if found != _CLASSES[component]:
-        raise UserError(f"{folder}/config.json: is a {found}, and should be a {_CLASSES[component]}")
-    return config, open_safetensors(folder)
+    return read_config(folder / "config.json", component), open_safetensors(folder)
 
 
-def read_config(file: Path) -> dict[str, Any]:
-    """A component's config.json; a pipeline folder or the component's folder stands for the file in it."""
+def read_config(file: Path, component: str) -> dict[str, Any]:
+    """A component's config.json; raises `UserError` for another component's."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -38,6 +34,9 @@ def read_config(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: not valid JSON ({error})") from None
     if not isinstance(config, dict):
         raise UserError(f"{file}: no config of a component")
+    found = config.get("_class_name", _CLASSES[component])
+    if found != _CLASSES[component]:
+        raise UserError(f"{file}: is a {found}, and should be a {_CLASSES[component]}")
     return config
 
 

@@ -30,7 +30,7 @@ def write_adapter_result(
             write_adapter(adapter, partial, style, fold=fold)
             partial.rename(out)
         except OSError as error:
-            raise UserError(f"{out}: cannot be written ({error.strerror}); choose another output") from None
+            raise UserError(f"{out}: cannot be written ({error.strerror or error}); choose another output") from None
         finally:
             partial.unlink(missing_ok=True)
     else:

@@ -47,12 +47,21 @@ _AT_TOP = {
 _SHAPES_REMEDY = "the weights belong to another model or config, or the file is damaged"
 
 
+def _make_meta(config: dict[str, Any]) -> CogVideoXTransformer3DModel:
+    try:
+        with torch.device("meta"):
+            model = CogVideoXTransformer3DModel.from_config(config)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"the config makes no transformer ({str(error).splitlines()[0]}); give another --config"
+        ) from None
+    assert isinstance(model, CogVideoXTransformer3DModel)
+    return model
+
+
 def model_specs(config: dict[str, Any]) -> dict[str, Spec]:
     """Names and shapes of a diffusers transformer with this config."""
-    with torch.device("meta"):
-        model = CogVideoXTransformer3DModel.from_config(config)
-    assert isinstance(model, CogVideoXTransformer3DModel)
-    return {name: spec_of(tensor) for name, tensor in model.state_dict().items()}
+    return {name: spec_of(tensor) for name, tensor in _make_meta(config).state_dict().items()}
 
 
 def _make_rules(part_specs: dict[str, Spec], num_layers: int) -> list[Rule]:
@@ -91,13 +100,14 @@ def derive_config(tensors: Tensors, positions: Positions | None = None) -> dict[
     head_dim = shape("mixins.adaln_layer.query_layernorm_list.0.weight")[0]
     out_channels, patch_size = 16, 2
     out_features = shape("mixins.final_layer.linear.weight")[0]
-    patch_size_t = None if len(patch) == 4 else out_features // (out_channels * patch_size**2)
+    depth = out_features // (out_channels * patch_size**2)
+    patch_size_t = None if len(patch) == 4 or depth == 1 else depth
     newer = patch_size_t is not None
     config = {
         "num_layers": len(layers),
         "num_attention_heads": width // head_dim,
         "attention_head_dim": head_dim,
-        "in_channels": patch[1] if not newer else patch[1] // (patch_size**2 * (patch_size_t or 1)),
+        "in_channels": patch[1] if len(patch) == 4 else patch[1] // (patch_size**2 * depth),
         "out_channels": out_channels,
         "patch_size": patch_size,
         "patch_size_t": patch_size_t,
@@ -111,6 +121,7 @@ def derive_config(tensors: Tensors, positions: Positions | None = None) -> dict[
         "sample_width": 300 if newer else 90,
     }
     if _POSITIONS_KEY in tensors.specs:
+        config = complete_config(config)
         found, wanted = shape("mixins.pos_embed.pos_embedding"), make_sincos_table(config).shape
         if found != wanted:
             raise UserError(
@@ -132,23 +143,20 @@ def derive_config(tensors: Tensors, positions: Positions | None = None) -> dict[
 
 def complete_config(config: dict[str, Any]) -> dict[str, Any]:
     """A config with every entry that diffusers writes."""
-    with torch.device("meta"):
-        model = CogVideoXTransformer3DModel.from_config(config)
-    assert isinstance(model, CogVideoXTransformer3DModel)
-    return json.loads(model.to_json_string())
+    return json.loads(_make_meta(config).to_json_string())
 
 
 def make_sincos_table(config: dict[str, Any]) -> torch.Tensor:
     """The added positions of 2B with zeros before them for the text: [1, text + video tokens, width], float32."""
-    frames = (config["sample_frames"] - 1) // config.get("temporal_compression_ratio", 4) + 1
+    frames = (config["sample_frames"] - 1) // config["temporal_compression_ratio"] + 1
     patch = config["patch_size"]
     width = config["num_attention_heads"] * config["attention_head_dim"]
     video = get_3d_sincos_pos_embed(
         width,
         (config["sample_width"] // patch, config["sample_height"] // patch),
         frames,
-        config.get("spatial_interpolation_scale", 1.875),
-        config.get("temporal_interpolation_scale", 1.0),
+        config["spatial_interpolation_scale"],
+        config["temporal_interpolation_scale"],
         output_type="pt",
     )
     assert isinstance(video, torch.Tensor)
@@ -198,7 +206,7 @@ def split_off(tensors: Tensors, *, without_lora: bool = False) -> tuple[Tensors,
 
 def from_sat(tensors: Tensors, config: dict[str, Any]) -> Tensors:
     """diffusers' tensors of a SAT transformer; strict about every key and shape. `tensors`: of `split_off`."""
-    specs = model_specs(config)
+    specs, config = model_specs(config), complete_config(config)
     rules = _make_rules(specs, config["num_layers"])
     if _POSITIONS_KEY in tensors.specs and "patch_embed.pos_embedding" not in specs:
         if config["use_rotary_positional_embeddings"] or not _is_sincos(tensors.read(_POSITIONS_KEY), config):
@@ -225,9 +233,9 @@ def _as_convolution(tensors: Tensors, specs: dict[str, Spec]) -> Tensors:
 
 def to_sat(tensors: Tensors, config: dict[str, Any]) -> Tensors:
     """SAT's tensors of a diffusers transformer; added positions, which SAT keeps in its file, are made again."""
-    specs = model_specs(config)
+    specs, config = model_specs(config), complete_config(config)
     wholes = join_parts(tensors, _make_rules(specs, config["num_layers"]), specs, remedy=_SHAPES_REMEDY)
-    if config.get("use_rotary_positional_embeddings"):
+    if config["use_rotary_positional_embeddings"]:
         return wholes
     dtype = wholes.specs[f"{PREFIX}mixins.patch_embed.proj.weight"].dtype
     table = make_sincos_table(config).to(dtype)

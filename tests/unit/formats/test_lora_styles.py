@@ -193,7 +193,7 @@ FOREIGN = {
     "half a pair": ({"transformer.proj_out.lora_A.weight": torch.zeros(2, 4)}, "proj_out has no up matrix"),
     "empty": (
         {"proj_out.lora_A.weight": torch.zeros(0), "proj_out.lora_B.weight": torch.zeros(0)},
-        "proj_out is empty; it was saved from a sharded model",
+        "proj_out is empty: saved from a sharded model",
     ),
     "a convolution": (
         {"p.lora_A.weight": torch.zeros(2, 4, 1, 1), "p.lora_B.weight": torch.zeros(4, 2, 1, 1)},

@@ -157,6 +157,10 @@ def test_config_is_derived_from_the_tensors(name: str, monkeypatch: pytest.Monke
     found = sat.derive_config(tensors, "rotary")
     free = {*sizes, "sample_frames", "norm_eps"}
     assert {k: v for k, v in found.items() if k not in free} == {k: v for k, v in wanted.items() if k not in free}
+    if model.config.patch_size_t is None:  # as SAT's newer code has it, in a linear layer
+        key = f"{sat.PREFIX}mixins.patch_embed.proj.weight"
+        flat = {**tensors.specs, key: Spec((32, 64), torch.float64)}
+        assert sat.derive_config(Tensors("flat", flat, tensors.read), "rotary") == found
     new = model.config.patch_size_t is not None
     assert (found["max_text_seq_length"], found["sample_frames"]) == ((224, 81) if new else (226, 49))
 
