@@ -132,7 +132,8 @@ def _make_layer(
     down, up = part["down"], part["up"]
     if not down.numel() or not up.numel():
         raise UserError(
-            f"{label}: {name} is empty: saved from a sharded model without gathering it; take the checkpoint (convert.py checkpoint)"
+            f"{label}: {name} is empty: saved from a sharded model without gathering it; take the sharded checkpoint "
+            "itself (scripts/convert.py checkpoint)"
         )
     if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
         raise UserError(
