@@ -327,6 +327,18 @@ def test_weights_of_another_variant(good, bad, tiny_folder: Path, tmp_path: Path
     assert "cannot be read" in bad(CONVERT, "from-sat", "transformer", "sat", "out", "--config", "nowhere.json")
 
 
+def test_parts_of_several_types_are_not_joined_unasked(good, bad, tiny_folder: Path) -> None:
+    shutil.copytree(tiny_folder, "mixed")
+    state = state_of(Path("mixed"), "transformer")
+    state["transformer_blocks.0.attn1.to_k.weight"] = state["transformer_blocks.0.attn1.to_k.weight"].bfloat16()
+    save_file(state, "mixed/transformer/diffusion_pytorch_model.safetensors")
+    message = bad(CONVERT, "to-sat", "transformer", "mixed", "sat")
+    assert "attn1.to_v.weight become one tensor and have several types (bfloat16, float32); give --dtype" in message
+    good(CONVERT, "to-sat", "transformer", "mixed", "sat", "--dtype", "bfloat16")
+    state = torch.load("sat/1/mp_rank_00_model_states.pt", weights_only=True)["module"]
+    assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
+
+
 GROWTH = """
 import resource, sys
 from pathlib import Path

@@ -139,12 +139,13 @@ def to_sat(options: argparse.Namespace) -> None:
         print(f"{options.out}: SAT LoRA, {len(adapter.layers)} layers; SAT's config must say lora_alpha: {alpha:g}")
         return
     config, tensors = open_component(options.source, options.part)
+    tensors = _cast(tensors, options)
     with fresh_folder(options.out) as folder:
         if options.part == "vae":
-            write_torch_file(_cast(sat_vae.to_sat(tensors, config), options), folder / "3d-vae.pt", under="state_dict")
+            write_torch_file(sat_vae.to_sat(tensors, config), folder / "3d-vae.pt", under="state_dict")
             wrote = "3d-vae.pt"
         else:
-            write_sat_folder(_cast(sat_transformer.to_sat(tensors, config), options), folder)
+            write_sat_folder(sat_transformer.to_sat(tensors, config), folder)
             wrote = f"{LATEST}, 1/{WEIGHTS_NAME}"
     print(f"{options.out}: SAT {options.part} ({wrote})")
 

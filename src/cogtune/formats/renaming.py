@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from cogtune.errors import UserError
 from cogtune.formats.tensors import Spec, Tensors, check_names, check_shape
 
 
@@ -70,6 +71,13 @@ def join_parts(parts: Tensors, rules: list[Rule], part_specs: Mapping[str, Spec]
     check_names(parts.label, parts.specs, part_specs, remedy=remedy)
     for name, spec in part_specs.items():
         check_shape(parts.label, name, parts.specs[name].shape, spec.shape, remedy=remedy)
+    for rule in rules:
+        dtypes = {str(parts.specs[name].dtype).removeprefix("torch.") for name, _ in rule.parts}
+        if len(dtypes) > 1:
+            raise UserError(
+                f"{parts.label}: {', '.join(name for name, _ in rule.parts)} become one tensor and have several types "
+                f"({', '.join(sorted(dtypes))}); give --dtype"
+            )
     by_whole = {rule.whole: rule for rule in rules}
 
     def read(name: str) -> torch.Tensor:
