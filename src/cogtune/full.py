@@ -50,7 +50,7 @@ class TrainedModel:
         model's other components (hard-linked where the file system allows), and a model card."""
         for name in [*COMPONENTS, "model_index.json"]:
             if name != "transformer":
-                _link_tree(self._facts.folder / name, folder / name)
+                link_tree(self._facts.folder / name, folder / name)
         # A copy without memory of its own takes the cast weights: the model being trained stays as it is.
         copy = make_meta_transformer(self._facts)
         state = {name: tensor.to(self._export_dtype) for name, tensor in self.transformer.state_dict().items()}
@@ -59,11 +59,12 @@ class TrainedModel:
         (folder / "README.md").write_text(self._card, encoding="utf-8")
 
 
-def _link_tree(source: Path, target: Path) -> None:
+def link_tree(source: Path, target: Path) -> None:
+    """Copies a file or folder; hard links where the file system allows."""
     if source.is_dir():
         target.mkdir(parents=True)
         for child in sorted(source.iterdir()):
-            _link_tree(child, target / child.name)
+            link_tree(child, target / child.name)
         return
     try:
         os.link(source.resolve(), target)  # hub caches hold links: link what they point to

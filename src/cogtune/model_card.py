@@ -1,11 +1,13 @@
 """The model card that lies beside every adapter: what it is, how it was trained, how to use it."""
 
+import re
+from pathlib import Path
+
 from cogtune.config import RunConfig
 from cogtune.models import VARIANTS, ModelFacts
 
 _ADAPTER_CARD = """---
-base_model: {base}
-library_name: diffusers
+{base_line}library_name: diffusers
 license: other
 pipeline_tag: text-to-video
 tags: [cogvideox, lora, text-to-video, cogtune]
@@ -38,8 +40,7 @@ video = pipeline("{example}", num_frames={num_frames}, height={height}, width={w
 
 
 _MODEL_CARD = """---
-base_model: {base}
-library_name: diffusers
+{base_line}library_name: diffusers
 license: other
 pipeline_tag: text-to-video
 tags: [cogvideox, text-to-video, cogtune]
@@ -58,11 +59,61 @@ pipeline = CogVideoXPipeline.from_pretrained("PATH_OF_THIS_FOLDER")
 """
 
 
+_DERIVED_CARD = """---
+{base_model}library_name: diffusers
+license: other
+pipeline_tag: text-to-video
+tags: [cogvideox, {tag}text-to-video, cogtune]
+---
+
+# {title}
+
+{made}, with cogtune.
+
+```python
+from diffusers import DiffusionPipeline
+
+{use}
+```
+"""
+
+
+def make_derived_card(title: str, *, base: str | None, made: str, is_adapter: bool) -> str:
+    """README.md of an adapter or pipeline that was made from others; `base` as in `model.path`."""
+    row = VARIANTS.get(base or "")
+    hub_name = row.hub_name if row else base if base and is_hub_name(base) else None
+    path = "PATH_OF_THIS_FOLDER"
+    load = f'pipeline = DiffusionPipeline.from_pretrained("{hub_name or ("BASE_MODEL" if is_adapter else path)}")'
+    if is_adapter:
+        load += f'\npipeline.load_lora_weights("{path}")'
+    elif hub_name:
+        load = f'pipeline = DiffusionPipeline.from_pretrained("{path}")'
+    return _DERIVED_CARD.format(
+        base_model=f"base_model: {hub_name}\n" if hub_name else "",
+        tag="lora, " if is_adapter else "",
+        title=title,
+        made=made,
+        use=load,
+    )
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a `model.path` names a repository of the hub: `owner/name`, and no folder of that name is there."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not Path(name).exists()
+
+
+def _base_line(name: str) -> str:
+    # The hub refuses a card that names a folder as its base.
+    return f"base_model: {name}\n" if is_hub_name(name) else ""
+
+
 def make_model_card(config: RunConfig, facts: ModelFacts, *, num_clips: int, global_batch: int) -> str:
     """README.md of a fully fine-tuned pipeline folder."""
     row, decay = VARIANTS.get(facts.variant), config.train.ema_decay
+    base = row.hub_name if row and row.hub_name else config.model.path
     return _MODEL_CARD.format(
-        base=row.hub_name if row and row.hub_name else config.model.path,
+        base=base,
+        base_line=_base_line(base),
         title=config.output_dir.name,
         num_clips=num_clips,
         steps=config.train.max_steps,
@@ -77,9 +128,11 @@ def make_adapter_card(config: RunConfig, facts: ModelFacts, *, num_clips: int, g
     """README.md of an adapter folder."""
     adapter, token = config.adapter, config.data.id_token
     row = VARIANTS.get(facts.variant)
+    base = row.hub_name if row and row.hub_name else config.model.path
     names = [name for name, wanted in (("rsLoRA", adapter.use_rslora), ("DoRA", adapter.use_dora)) if wanted]
     return _ADAPTER_CARD.format(
-        base=row.hub_name if row and row.hub_name else config.model.path,
+        base=base,
+        base_line=_base_line(base),
         instance_prompt=f'instance_prompt: "{token}"\n' if token else "",
         title=config.output_dir.name,
         num_clips=num_clips,

@@ -60,7 +60,9 @@ def test_file_map_names_every_module_and_nothing_else() -> None:
     assert {word for word in named if not word.endswith("/")} <= modules | {"shapes", "embedded"}
 
 
-@pytest.mark.parametrize("path", ["README.md", "data/README.md", "docs/design.md", "docs/benchmarks.md"])
+@pytest.mark.parametrize(
+    "path", ["README.md", "data/README.md", "docs/design.md", "docs/benchmarks.md", "docs/formats.md"]
+)
 def test_links_and_paths_lead_somewhere(path: str) -> None:
     text = (ROOT / path).read_text()
     for target in re.findall(r"\]\(([^)#]+)\)", text):

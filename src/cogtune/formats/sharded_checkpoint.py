@@ -1,0 +1,60 @@
+"""Checkpoints of many processes as one set of tensors, under the names that diffusers and PEFT give them."""
+
+import re
+from pathlib import Path
+
+from cogtune.errors import UserError
+from cogtune.formats.dcp_folder import open_dcp
+from cogtune.formats.deepspeed_folder import find_deepspeed, open_deepspeed
+from cogtune.formats.tensors import Tensors
+
+_WRAPPERS = re.compile(
+    r"^(?:module|model|transformer|base_model|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+_INNER = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer)\.")
+_ADAPTER_NAME = re.compile(r"\.(lora_[AB]|lora_magnitude_vector)\.(?!weight)\w+(\.weight)?$")
+
+
+def open_sharded(path: Path) -> Tensors:
+    """The weights of a DeepSpeed or torch.distributed.checkpoint folder, under diffusers' and PEFT's names."""
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; give the checkpoint's folder")
+    index = sorted(path.rglob(".metadata"))
+    weights = [file for file in index if not file.parent.name.startswith("optimizer")]
+    if (path / ".metadata").is_file():
+        return _plain_names(open_dcp(path))
+    if len(weights) == 1:
+        return _plain_names(open_dcp(weights[0].parent))
+    if len(weights) > 1:
+        raise UserError(
+            f"{path}: several checkpoints in it ({weights[0].parent}, {weights[1].parent}); give one of them"
+        )
+    return _plain_names(open_deepspeed(*find_deepspeed(path)))
+
+
+def _plain_names(tensors: Tensors) -> Tensors:
+    """Without the names that wrappers put before and between a model's own."""
+    origin: dict[str, str] = {}
+    for name in tensors.specs:
+        plain = name
+        while _WRAPPERS.match(plain):
+            plain = _WRAPPERS.sub("", plain)
+        plain = _ADAPTER_NAME.sub(r".\1\2", _INNER.sub("", plain))
+        if plain in origin:
+            raise UserError(
+                f"{tensors.label}: {origin[plain]} and {name} are the same weight; the folder holds two models"
+            )
+        origin[plain] = name
+    specs = {plain: tensors.specs[name] for plain, name in origin.items()}
+    return Tensors(tensors.label, specs, lambda plain: tensors.read(origin[plain]))
+
+
+def is_adapter(tensors: Tensors) -> bool:
+    """Whether a LoRA was trained."""
+    return any(".lora_" in name for name in tensors.specs)
+
+
+def adapter_tensors(tensors: Tensors) -> Tensors:
+    """The LoRA's tensors alone."""
+    specs = {name: spec for name, spec in tensors.specs.items() if ".lora_" in name}
+    return Tensors(tensors.label, specs, tensors.read)
