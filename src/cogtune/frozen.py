@@ -156,7 +156,8 @@ class _Float8FeedForward(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         inner = multiply_rows(x, weight, scale, bias)
         ctx.save_for_backward(inner, transposed, transposed_scale, transposed2, transposed_scale2)
-        return _multiply(*quantize_gelu(inner), weight2, scale2, bias2, x.dtype)
+        rows, row_scale = quantize_gelu(inner)
+        return _multiply(rows, row_scale, weight2, scale2, bias2, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -202,7 +203,8 @@ def quantize_base(transformer: CogVideoXTransformer3DModel) -> int:
             if type(base) is nn.Linear and is_frozen(base) and not _sizes_unfit(base):
                 _replace_base(parent, name, Float8Base(base.weight, base.bias))
                 replaced += 1
-        net: Any = block.ff.net
+        feed_forward: Any = block.ff
+        net = feed_forward.net
         plain = getattr(net[0], "approximate", None) == "tanh" and not net[1].p
         if plain and type(net[0].proj) is Float8Base and type(net[2]) is Float8Base:
             block.ff = Float8FeedForward(net)  # pyright: ignore[reportArgumentType]

@@ -34,8 +34,11 @@ class Trained(Protocol):
     """What a run trains: the adapter of a transformer, or all of it."""
 
     transformer: Any
-    base: Callable[[], contextlib.AbstractContextManager[None]] | None
-    """Inside this context the transformer is the base model; None where that is not kept."""
+
+    @property
+    def base(self) -> Callable[[], contextlib.AbstractContextManager[None]] | None:
+        """Inside this context the transformer is the base model; None where that is not kept."""
+        ...
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """The trained parameters by name."""
