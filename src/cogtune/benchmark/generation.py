@@ -33,7 +33,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 
 from cogtune import models
 from cogtune.acceleration import quantize_transformer
@@ -44,11 +44,12 @@ from cogtune.benchmark.kernels import profile_steps
 from cogtune.benchmark.similarity import measure_psnr, measure_ssim
 from cogtune.encoding import embed
 from cogtune.errors import UserError
-from cogtune.generation import Request, decode_latents, generate_latents, make_pipeline
+from cogtune.generation import Pipeline, decode_latents, generate_latents, make_pipeline
 from cogtune.joint_blocks import join_blocks, part_blocks
 from cogtune.models import ModelFacts, choose_device, choose_dtype
 from cogtune.random_pipeline import ARCHITECTURES, make_architecture_facts, make_random_transformer
 from cogtune.step_cache import CacheSettings, StepCache
+from cogtune.video_request import Request
 
 DEFAULT_VARIANTS = (
     "diffusers,stock-compiled,joint,joint+float8,joint+float8+first-block:9:1,joint+float8+first-block:9:1+guidance:2"
@@ -166,7 +167,7 @@ class SamplingBench:
         self._embedded = self._embed_prompts()
         self._is_float8 = False
 
-    def _load(self, name: str) -> tuple[CogVideoXPipeline, ModelFacts]:
+    def _load(self, name: str) -> tuple[Pipeline, ModelFacts]:
         if name in ARCHITECTURES:
             facts = make_architecture_facts(name)
             dtype = choose_dtype("auto", facts, self.device)

@@ -1,0 +1,28 @@
+"""Random images for measuring image-to-video models: the encoder, a condition, cached pixels."""
+
+import torch
+
+from cogtune.benchmark.autoencoder import make_random_vae
+from cogtune.conditions import ImageCondition, draw_condition
+from cogtune.image_encoder import ImageEncoder, drop_decoder
+from cogtune.models import ModelFacts
+from cogtune.random_pipeline import make_architecture_facts
+
+
+def make_random_image_encoder(model: str, device: torch.device, dtype: torch.dtype) -> ImageEncoder:
+    """The encoder of a released autoencoder with random weights."""
+    vae = make_random_vae(model, device, dtype)
+    drop_decoder(vae)
+    return ImageEncoder(vae, make_architecture_facts(model))
+
+
+def make_random_image(size: tuple[int, int, int], generator: torch.Generator) -> torch.Tensor:
+    """Pixels uint8 [H, W, 3] for a clip of frames, height and width."""
+    return torch.randint(0, 256, (*size[1:], 3), generator=generator, dtype=torch.uint8)
+
+
+def make_random_condition(facts: ModelFacts, size: tuple[int, int, int]) -> ImageCondition:
+    """A noised image for a clip of frames, height and width."""
+    _, channels, rows, columns = facts.latent_shape(*size)
+    image = make_random_image(size, torch.Generator().manual_seed(4))
+    return draw_condition(image, (channels, rows, columns), seed=0, position=0, dropout=0.0)
