@@ -231,15 +231,23 @@ def _check_weights(folder: Path) -> None:
             if not (folder / shard).is_file():
                 raise UserError(f"{folder}: {shard} is missing; the download or copy of the model is incomplete")
     for path in folder.glob("*.safetensors"):
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            try:
-                header: dict[str, Any] = json.loads(file.read(length)) if length < 1 << 28 else {}
-                end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-            except (ValueError, TypeError, KeyError, AttributeError):
-                end = None
-        if end is None or 8 + length + end != path.stat().st_size:
-            raise UserError(f"{path}: truncated or damaged; download or copy it again")
+        _read_shapes(path)
+
+
+def _read_shapes(path: Path) -> dict[str, list[int]]:
+    """Shapes of a safetensors file's tensors by name, from its header; raises `UserError` where it is not whole."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header: dict[str, Any] = json.loads(file.read(length)) if length < 1 << 28 else {}
+            header.pop("__metadata__", None)
+            end = max(entry["data_offsets"][1] for entry in header.values())
+            shapes = {name: entry["shape"] for name, entry in header.items()}
+        except (ValueError, TypeError, KeyError, AttributeError):
+            end, shapes = None, {}
+    if end is None or 8 + length + end != path.stat().st_size:
+        raise UserError(f"{path}: truncated or damaged; download or copy it again")
+    return shapes
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -257,6 +265,18 @@ def make_meta_transformer(facts: ModelFacts) -> CogVideoXTransformer3DModel:
         model = CogVideoXTransformer3DModel.from_config(facts.transformer_config)
     assert isinstance(model, CogVideoXTransformer3DModel)
     return model
+
+
+def check_transformer_weights(facts: ModelFacts, meta: CogVideoXTransformer3DModel) -> None:
+    """Raises `UserError` where a tensor in the folder has another shape than its config says: another variant's."""
+    expected = {name: list(tensor.shape) for name, tensor in meta.state_dict().items()}
+    for path in sorted((facts.folder / "transformer").glob("*.safetensors")):
+        for name, shape in _read_shapes(path).items():
+            if expected.get(name, shape) != shape:
+                raise UserError(
+                    f"{path}: {name} is {shape}, the config beside it says {expected[name]}: weights of another "
+                    "variant (layers, image-to-video or not, version 1.0 or 1.5); copy both from one model"
+                )
 
 
 def count_image_encoder(facts: ModelFacts) -> int:
@@ -289,6 +309,7 @@ def choose_dtype(wanted: str, facts: ModelFacts, device: torch.device) -> torch.
 
 def load_transformer(facts: ModelFacts, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
     """The denoiser on the CPU, frozen, in evaluation mode."""
+    check_transformer_weights(facts, make_meta_transformer(facts))
     model = CogVideoXTransformer3DModel.from_pretrained(
         facts.folder / "transformer", torch_dtype=dtype, use_safetensors=True
     )

@@ -215,10 +215,16 @@ def _refuse_missing_files(clips: list[Clip], config: RunConfig) -> None:
 def make_adapter_plan(config: RunConfig) -> TrainingPlan:
     """The plan of a LoRA run; raises `UserError` for anything that can be known to fail."""
     data = make_data_plan(config)
-    meta = models.make_meta_transformer(data.facts)
+    meta = _make_meta(data.facts)
     num_trainable = count_adapter_parameters(meta, config.adapter)
     num_float8 = _plan_float8(data, meta) if config.train.float8_base else 0
     return _add_training(data, sum(p.numel() for p in meta.parameters()), num_trainable, num_float8)
+
+
+def _make_meta(facts: ModelFacts) -> CogVideoXTransformer3DModel:
+    meta = models.make_meta_transformer(facts)
+    models.check_transformer_weights(facts, meta)
+    return meta
 
 
 def _plan_float8(data: DataPlan, meta: CogVideoXTransformer3DModel) -> int:
@@ -252,7 +258,7 @@ def make_full_plan(config: RunConfig) -> TrainingPlan:
                 "train/lora.py"
             )
     data = make_data_plan(config)
-    num_parameters = sum(p.numel() for p in models.make_meta_transformer(data.facts).parameters())
+    num_parameters = sum(p.numel() for p in _make_meta(data.facts).parameters())
     return _add_training(data, 0, num_parameters, 0)
 
 

@@ -79,7 +79,7 @@ def _encode_data(plan: DataPlan, accelerator: Accelerator) -> EncodedData:
     )
     _judge_problems(gather_object(problems), plan, accelerator)
     entries = {clip: Entry(clip, keys.latents(clip), keys.text(clip.caption), keys.image(clip)) for clip in clips}
-    usable = {clip for clip in clips if cache.has("latents", entries[clip].latents_key)}
+    usable = {clip for clip, entry in entries.items() if _is_cached(cache, entry)}
     captions = [clip.caption for clip in clips if clip in usable] + plan.extra_texts()
     encode_captions(
         captions, keys, cache, plan.facts, device=accelerator.device, dtype=plan.dtype, share=share, quiet=quiet
@@ -99,6 +99,11 @@ def _encode_data(plan: DataPlan, accelerator: Accelerator) -> EncodedData:
         f"{cache.size_bytes() / GIB:.2f} GiB now in {cache.folder}"
     )
     return EncodedData(cache, keys, train, [entries[clip] for clip in plan.validation_clips if clip in usable])
+
+
+def _is_cached(cache: Cache, entry: Entry) -> bool:
+    image_key = entry.image_key
+    return cache.has("latents", entry.latents_key) and (image_key is None or cache.has("images", image_key))
 
 
 def _describe_cropped_images(usable: set[Clip], plan: DataPlan) -> None:

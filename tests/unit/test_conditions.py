@@ -1,4 +1,4 @@
-"""What an image-to-video sample starts from: noise on the pixels, keyed by seed and position, and how often there is none."""
+"""What an image-to-video sample starts from: noise on the pixels, keyed by seed and position, and at times no image."""
 
 import math
 from pathlib import Path

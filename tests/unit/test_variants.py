@@ -12,14 +12,20 @@ from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline, CogVideo
 from PIL import Image
 
 from cogtune import generation, models
-from cogtune.conditions import clean_condition
+from cogtune.adapter import add_lora
+from cogtune.attention import install_attention
+from cogtune.conditions import clean_condition, join_conditions
+from cogtune.config import AdapterSettings
 from cogtune.dataset import Batch
 from cogtune.denoiser import OFS, Denoiser, make_rotary
 from cogtune.diffusion import pad_front
 from cogtune.errors import UserError
+from cogtune.execution import allow_shapes, configure_blocks
 from cogtune.image_encoder import ImageEncoder, load_image_encoder
+from cogtune.joint_blocks import join_blocks, part_blocks
 from cogtune.manifest import Clip
 from cogtune.random_pipeline import make_architecture_facts
+from cogtune.step_cache import CacheSettings, StepCache
 from cogtune.variants import VARIANTS
 from cogtune.video import write_video
 from cogtune.video_request import Request, check_request, check_size
@@ -347,3 +353,90 @@ def test_losses_of_image_models_reach_the_weights(variant_folder: Callable[[str]
     assert transformer.patch_embed.proj.weight.grad.abs().max() > 0
     assert transformer.ofs_embedding.linear_1.weight.grad.abs().max() > 0
     assert all(p.grad is None for p in denoiser.image_encoder.vae.parameters())
+
+
+def make_step(facts: models.ModelFacts, draw_clip: Draw) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    frames = 5 + facts.num_padding(5)
+    latents, noise = (torch.randn(2, frames, 16, 8, 12, generator=generator) for _ in range(2))
+    image = None
+    if facts.takes_image:
+        conditions = [clean_condition(torch.from_numpy(draw_clip(n)[0]), (16, 8, 12), key=str(n)) for n in range(2)]
+        image = join_conditions(conditions)
+    text = torch.randn(2, facts.max_text_length, facts.text_dim, generator=generator)
+    clips = [Clip(name, Path(name), name) for name in "ab"]
+    return Batch(latents, noise, text, torch.tensor([100, 900]), [0, 1], clips, [False, False], image)
+
+
+@pytest.mark.parametrize("model", ["tiny-i2v", "tiny-1.5", "tiny-1.5-i2v"])
+def test_training_fast_paths_equal_the_stock_blocks(
+    model: str, variant_folder: Callable[[str], Path], draw_clip: Draw
+) -> None:
+    """Fused attention with an adapter, recomputing, and the compiler, in loss and gradients."""
+    facts = models.read_facts(variant_folder(model))
+    denoiser, batch = make_denoiser(facts), make_step(facts, draw_clip)
+    found: dict[str, list[torch.Tensor]] = {}
+    for way in ("stock", "recompute", "compiled"):
+        transformer = models.load_transformer(facts, torch.float32)
+        add_lora(transformer, AdapterSettings(rank=4), seed=1)
+        parameters = [p for p in transformer.parameters() if p.requires_grad]
+        generator = torch.Generator().manual_seed(2)
+        for parameter in parameters:
+            torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+        transformer.train()
+        if way != "stock":
+            install_attention(transformer, "default")
+            configure_blocks(
+                transformer, "recompute", compiled=way == "compiled", has_dropout=False, compiler="aot_eager"
+            )
+        losses = denoiser.losses(transformer, batch)
+        found[way] = [losses.detach(), *torch.autograd.grad(losses.sum(), parameters)]
+    for way in ("recompute", "compiled"):
+        for one, other in zip(found[way], found["stock"], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert all(gradient.abs().max() > 0 for gradient in found["stock"][1:])
+
+
+@pytest.mark.parametrize("model", ["tiny-i2v", "tiny-1.5", "tiny-1.5-i2v"])
+def test_sampling_fast_paths_equal_the_stock_blocks(
+    model: str, variant_folder: Callable[[str], Path], image: Path
+) -> None:
+    """Joined blocks give the stock video; step caches run, and skip what they say."""
+    facts = models.read_facts(variant_folder(model))
+    request = Request(
+        "a red ball", FRAMES, HEIGHT, WIDTH, seed=3, num_inference_steps=8,
+        image=str(image) if facts.takes_image else None,
+    )  # fmt: skip
+    pipeline = generation.load_pipeline(facts, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    expected = generation.generate(pipeline, request, max_text_length=facts.max_text_length)
+    join_blocks(pipeline.transformer, compiled=False)
+    frames = generation.generate(pipeline, request, max_text_length=facts.max_text_length)
+    assert np.abs(frames.astype(int) - expected.astype(int)).max() <= 1
+    part_blocks(pipeline.transformer)
+    cache = StepCache(CacheSettings(threshold=100.0, max_skipped=1, guidance_interval=2))
+    join_blocks(pipeline.transformer, compiled=False, cache=cache)
+    generation.generate(pipeline, request, max_text_length=facts.max_text_length)
+    assert cache.kinds[:4] == ["full"] * 4 and cache.kinds[6:] == ["full"] * 2
+    assert any(kind != "full" for kind in cache.kinds[4:6])
+
+
+def test_the_compiler_makes_a_graph_for_every_shape_of_a_run(
+    variant_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Past its limit it would run blocks uncompiled without a word, or refuse."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    facts = models.read_facts(variant_folder("tiny-1.5"))
+    transformer, denoiser = models.load_transformer(facts, torch.float32), make_denoiser(facts)
+    transformer.requires_grad_(True).train()
+    install_attention(transformer, "default")
+    configure_blocks(transformer, "recompute", compiled=True, has_dropout=False, compiler="eager")
+    allow_shapes(4)
+    assert torch._dynamo.config.recompile_limit >= 4
+    text = torch.randn(1, 24, 32)
+    clips = [Clip("a", Path("a"), "a")]
+    for rows in (2, 4, 6, 8):
+        latents = torch.randn(1, 6, 16, rows, 12)
+        denoiser.losses(transformer, Batch(latents, latents, text, torch.tensor([1]), [0], clips, [False])).sum()
+    torch._dynamo.reset()

@@ -24,6 +24,7 @@ import gc
 import json
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ from cogtune.acceleration import quantize_transformer
 from cogtune.attention_backends import Backend, activate
 from cogtune.benchmark.autoencoder import WAYS, describe_ways, make_random_vae, measure_ways
 from cogtune.benchmark.clock import Marks, attempt, peak_memory, report, reset_peak, synchronize
+from cogtune.benchmark.images import write_random_image
 from cogtune.benchmark.kernels import profile_steps
 from cogtune.benchmark.similarity import measure_psnr, measure_ssim
 from cogtune.encoding import embed
@@ -163,6 +165,7 @@ class SamplingBench:
             arguments.height or self.facts.height,
             arguments.width or self.facts.width,
         )
+        self._folder = tempfile.TemporaryDirectory()
         self._references: dict[str, np.ndarray] = {}
         self._embedded = self._embed_prompts()
         self._is_float8 = False
@@ -291,7 +294,8 @@ class SamplingBench:
 
     def _sample(self, seed: int, num_steps: int, on_step: Callable[[int], None]) -> torch.Tensor:
         frames, height, width = self.size
-        request = Request("random", frames, height, width, seed=seed, num_inference_steps=num_steps)
+        image = str(write_random_image(Path(self._folder.name), self.size)) if self.facts.takes_image else None
+        request = Request("random", frames, height, width, seed=seed, num_inference_steps=num_steps, image=image)
         texts = self._find_texts(seed)
         return generate_latents(self.pipeline, request, texts[0], texts[1], on_step=on_step)
 

@@ -1,6 +1,9 @@
 """Random images for measuring image-to-video models: the encoder, a condition, cached pixels."""
 
+from pathlib import Path
+
 import torch
+from PIL import Image
 
 from cogtune.benchmark.autoencoder import make_random_vae
 from cogtune.conditions import ImageCondition, draw_condition
@@ -19,6 +22,13 @@ def make_random_image_encoder(model: str, device: torch.device, dtype: torch.dty
 def make_random_image(size: tuple[int, int, int], generator: torch.Generator) -> torch.Tensor:
     """Pixels uint8 [H, W, 3] for a clip of frames, height and width."""
     return torch.randint(0, 256, (*size[1:], 3), generator=generator, dtype=torch.uint8)
+
+
+def write_random_image(folder: Path, size: tuple[int, int, int]) -> Path:
+    """An image file for a clip of frames, height and width."""
+    path = folder / "random.png"
+    Image.fromarray(make_random_image(size, torch.Generator().manual_seed(5)).numpy()).save(path)
+    return path
 
 
 def make_random_condition(facts: ModelFacts, size: tuple[int, int, int]) -> ImageCondition:
