@@ -179,17 +179,14 @@ def encode_clips(
     from another thread, one call at a time.
     """
     by_key = {keys.latents(clip): clip for clip in clips}
-    images = {key: image for key, clip in by_key.items() if (image := keys.image(clip)) is not None}
-    mine = _find_missing("latents", by_key, cache, share, quiet=quiet)
+    first_frames = {}  # keys of images by keys of latents
     if facts.takes_image:
-        without = set(_find_missing("images", images.values(), cache, share, quiet=quiet))
-        mine = sorted({*mine, *(key for key in by_key if images[key] in without)})
-
-    def note(key: str, problem: ClipError) -> None:
-        _mark_failed(cache, key, str(problem))
-        on_problem(by_key[key], problem)
-
-    mine = [key for key in mine if _cache_given_image(by_key[key], images.get(key), key, cache, clip_format, note)]
+        _cache_given_images(clips, keys, cache, clip_format, share=share, on_problem=on_problem, quiet=quiet)
+        first_frames = {keys.latents(clip): keys.image(clip) or "" for clip in clips if clip.image is None}
+    mine = _find_missing("latents", by_key, cache, share, quiet=quiet)
+    if first_frames:
+        without = set(_find_missing("images", first_frames.values(), cache, share, quiet=quiet))
+        mine = sorted({*mine, *(key for key, image in first_frames.items() if image in without)})
     mine.sort(key=lambda key: (by_key[key].form or clip_format).describe())  # clips of one shape are encoded together
     times: EncodingTimes | None = None
     if mine:
@@ -199,14 +196,18 @@ def encode_clips(
             outcomes = decoder.decode([by_key[key] for key in mine])
             shown = tqdm(outcomes, "clips", total=len(mine), unit="clip", disable=quiet)
 
+            def note(key: str, problem: ClipError) -> None:
+                _mark_failed(cache, key, str(problem))
+                on_problem(by_key[key], problem)
+
             def encode(frames: torch.Tensor) -> tuple[torch.Tensor, ...]:
                 moments = encode_frames(vae, frames, coder)
                 return (*moments, frames[:, 0]) if facts.takes_image else moments
 
             def write(keys: list[str], results: tuple[torch.Tensor, ...]) -> None:
                 for key, mean, logvar, *first_frame in zip(keys, *results, strict=True):
-                    if first_frame and by_key[key].image is None:
-                        cache.write("images", images[key], {"image": first_frame[0]})
+                    if key in first_frames:
+                        cache.write("images", first_frames[key], {"image": first_frame[0]})
                     cache.write("latents", key, {"mean": mean, "logvar": logvar})
 
             times = encode_overlapped(_gather_batches(shown, mine, device, note), encode, write, device)
@@ -214,32 +215,43 @@ def encode_clips(
         release_memory(device)
 
     def is_done(key: str) -> bool:
-        there = cache.has("latents", key) and (key not in images or cache.has("images", images[key]))
+        there = cache.has("latents", key) and (key not in first_frames or cache.has("images", first_frames[key]))
         return there or _failed_path(cache, key).exists()
 
     _wait_for(by_key, is_done)
     return times
 
 
-def _cache_given_image(
-    clip: Clip,
-    image_key: str | None,
-    key: str,
+def _cache_given_images(
+    clips: Sequence[Clip],
+    keys: CacheKeys,
     cache: Cache,
     clip_format: ClipFormat,
-    note: Callable[[str, ClipError], None],
-) -> bool:
-    """Caches the image that the manifest gives a clip; False where it is unreadable, which `note` hears of."""
-    if clip.image is None or image_key is None:
-        return True
-    form = clip.form or clip_format
-    try:
-        image = load_image(clip.image, form.height, form.width)
-    except ClipError as problem:
-        note(key, problem)
-        return False
-    cache.write("images", image_key, {"image": torch.from_numpy(image)})
-    return True
+    *,
+    share: Share,
+    on_problem: Callable[[Clip, ClipError], None],
+    quiet: bool,
+) -> None:
+    """Puts the images that the manifest gives into the cache; `on_problem` hears of each clip whose image is no use."""
+    users: dict[str, list[Clip]] = {}
+    for clip in clips:
+        if clip.image is not None:
+            users.setdefault(keys.image(clip) or "", []).append(clip)
+    if not users:
+        return
+    for key in _find_missing("images", users, cache, share, quiet=quiet):
+        clip = users[key][0]
+        form = clip.form or clip_format
+        assert clip.image is not None
+        try:
+            image = load_image(clip.image, form.height, form.width)
+        except ClipError as problem:
+            _mark_failed(cache, key, str(problem))
+            for user in users[key]:
+                on_problem(user, problem)
+        else:
+            cache.write("images", key, {"image": torch.from_numpy(image)})
+    _wait_for(users, lambda key: cache.has("images", key) or _failed_path(cache, key).exists())
 
 
 def _make_coder(vae: AutoencoderKLCogVideoX, num_clips: int) -> FrameCoder | None:

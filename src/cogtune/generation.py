@@ -234,7 +234,10 @@ def _call(pipeline: Any, request: Request, **arguments: Any) -> torch.Tensor:
         output = _call_with_latents(pipeline, latents, arguments)
     else:
         if request.image is not None:
-            image = load_image(Path(request.image), request.height, request.width)
+            try:
+                image = load_image(Path(request.image), request.height, request.width)
+            except ClipError as error:
+                raise UserError(f"image of {request.prompt!r}: {error}") from None
             arguments["image"] = torch.from_numpy(image).permute(2, 0, 1)[None] / 255.0
         output = pipeline(num_frames=request.num_frames, **arguments).frames
     return output[:, -num_latent_frames:] if arguments["output_type"] == "latent" else output

@@ -26,8 +26,13 @@ class EncodedData:
     validation: list[Entry]
 
     def digest(self) -> str:
-        """Identity of the training clips, captions, weights and what is prior, in order."""
-        rows = [[e.clip.id, e.latents_key, e.text_key, e.clip.weight] + ["prior"] * e.clip.prior for e in self.train]
+        """Identity of the training clips, captions, weights, what is prior and images, in order."""
+        rows = [
+            [e.clip.id, e.latents_key, e.text_key, e.clip.weight]
+            + ["prior"] * e.clip.prior
+            + ([e.image_key] if e.image_key else [])
+            for e in self.train
+        ]
         return make_key(entries=rows)
 
 
@@ -107,15 +112,18 @@ def _is_cached(cache: Cache, entry: Entry) -> bool:
 
 
 def _describe_cropped_images(usable: set[Clip], plan: DataPlan) -> None:
-    """Says which of the manifest's images don't have their clip's shape and size."""
-    cropped = []
-    for clip in sorted(usable, key=lambda clip: clip.id) if plan.facts.takes_image else []:
-        form = clip.form or plan.clip_format
-        if clip.image is not None:
-            fit = describe_fit(read_image_size(clip.image), form.height, form.width, most_cut=0.01)
-            cropped += [f"{clip.id}: {clip.image.name}: {fit}"] if fit else []
+    """Says which images, of the manifest and of validation, don't have their clip's shape and size."""
+    if not plan.facts.takes_image:
+        return
+    used = {clip.image: clip.form or plan.clip_format for clip in usable if clip.image is not None}
+    used |= dict.fromkeys(plan.config.validation.images or [], plan.clip_format)
+    fits = {
+        image: describe_fit(read_image_size(image), form.height, form.width, most_cut=0.01)
+        for image, form in sorted(used.items())
+    }
+    cropped = [f"{image}: {fit}" for image, fit in fits.items() if fit is not None]
     if cropped:
-        rest = f" (and {len(cropped) - 1} more; data/check.py lists those that lose a fifth)" if cropped[1:] else ""
+        rest = f" (and {len(cropped) - 1} more; data/check.py lists clips that lose a fifth)" if cropped[1:] else ""
         print(f"image of another shape or size: {cropped[0]}{rest}")
 
 

@@ -184,7 +184,7 @@ class Run:
         configure_blocks(
             transformer, plan.memory.activations, compiled=plan.compiled, has_dropout=config.adapter.dropout > 0
         )
-        allow_shapes(len(plan.formats))
+        allow_shapes(len({clip.form for clip in [*plan.train_clips, *plan.validation_clips]}))
         model = accelerator.prepare_model(transformer)
         denoiser = Denoiser(
             plan.facts,

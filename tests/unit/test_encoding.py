@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
+from PIL import Image
 from transformers import AutoTokenizer, T5EncoderModel
 
 from cogtune import encoding
@@ -252,3 +253,28 @@ def test_clips_of_two_shapes_are_encoded_with_their_first_frames(
         assert moments["mean"].shape[1:] == ((clip.form.num_frames - 1) // 4 + 1, 8, clip.form.width // 8)
         frames = load_clip(clip.video, **vars(clip.form))
         assert np.array_equal(image["image"].numpy(), frames[0])
+
+
+def test_clips_of_one_video_keep_images_of_their_own(
+    make_keys, cache: Cache, facts: ModelFacts, clips_folder: Path, tmp_path: Path
+) -> None:
+    """One video, two images and its own first frame: one latents entry, three images. A bad one fails all its clips."""
+    for number in range(2):
+        Image.fromarray(np.full((64, 96, 3), 100 * number, dtype=np.uint8)).save(tmp_path / f"{number}.png")
+    (tmp_path / "bad.png").write_text("no image")
+    plain = Clip("plain", clips_folder / "clip0.mp4", "x")
+    given = [replace(plain, id=f"given {n}", image=tmp_path / f"{n}.png") for n in range(2)]
+    bad = [replace(plain, id=f"bad {n}", image=tmp_path / "bad.png") for n in range(2)]
+    keys, problems = make_keys(takes_image=True), []
+    encode_clips(
+        [given[0], plain, given[1], *bad], keys, cache, replace(facts, takes_image=True), FORM, device=CPU,
+        dtype=torch.float32, share=Share(), num_workers=1, timeout_seconds=60, quiet=True,
+        on_problem=lambda clip, problem: problems.append((clip.id, problem.kind)),
+    )  # fmt: skip
+    assert cache.has("latents", keys.latents(plain))
+    for number, clip in enumerate(given):
+        entry = cache.read("images", keys.image(clip))
+        assert entry is not None and (entry["image"] == 100 * number).all()
+    entry = cache.read("images", keys.image(plain))
+    assert entry is not None and np.array_equal(entry["image"].numpy(), load_clip(plain.video, **vars(FORM))[0])
+    assert problems == [("bad 0", "unreadable"), ("bad 1", "unreadable")]

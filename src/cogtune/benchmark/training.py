@@ -283,9 +283,10 @@ class TrainingBench:
             text = torch.randn(self.facts.max_text_length, self.facts.text_dim, generator=generator)
             cache.write("latents", f"{number:040x}", {"mean": mean.half(), "logvar": mean.half() * 0 - 10})
             cache.write("text", f"{number:040x}", {"embeddings": text.half()})
-            cache.write("images", f"{number:040x}", {"image": make_random_image(self.size, generator)})
             clip = Clip(str(number), Path("random.mp4"), "random")
             image_key = f"{number:040x}" if self.facts.takes_image else None
+            if image_key is not None:
+                cache.write("images", image_key, {"image": make_random_image(self.size, generator)})
             entries.append(Entry(clip, f"{number:040x}", f"{number:040x}", image_key))
         dataset = TrainingSet(
             entries,
