@@ -1,5 +1,6 @@
 """The resolved plan of a run: everything that can be known and checked before a weight is loaded."""
 
+import math
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -134,6 +135,8 @@ class TrainingPlan(DataPlan):
         if num_prior := sum(clip.prior for clip in self.train_clips):
             target = "the base model's predictions" if self.hold_prior else "themselves"
             rows["prior"] = f"{num_prior} of the clips, trained towards {target}"
+        if rare := self._describe_rare_formats(samples / epoch):
+            rows["rare"] = rare
         if facts.takes_image:
             given = sum(clip.image is not None for clip in self.train_clips)
             rows["image"] = (
@@ -143,6 +146,17 @@ class TrainingPlan(DataPlan):
         if self.num_float8:
             rows["float8"] = f"products with {self.num_float8:,} of the frozen parameters"
         return "\n".join(f"{name:<11} {value}" for name, value in rows.items())
+
+    def _describe_rare_formats(self, num_epochs: float) -> str:
+        """Formats whose clips don't fill a step in every epoch: when they first do, so that none is left out unsaid."""
+        lines = []
+        for form in self.formats if len(self.formats) > 1 else ():
+            weight = sum(clip.weight for clip in self.train_clips if clip.form == form)
+            if 0 < weight < self.global_batch:
+                first = math.ceil(self.global_batch / weight)
+                when = f"first in epoch {first}" if first <= num_epochs else "never in this run; lower the batch"
+                lines.append(f"{form.describe()} fills a step of {self.global_batch} {when}")
+        return ("\n" + 12 * " ").join(lines)
 
 
 def make_data_plan(config: RunConfig) -> DataPlan:

@@ -218,7 +218,12 @@ def test_buckets_train_every_size_and_layouts_agree(
         if not weights:
             dry = run_command("train/lora.py", "--config", config, "--dry-run")
             assert "17 frames of 96x64 at 8 fps: 5 clip(s)" in dry.out and "64x64 at 8 fps: 2 clip(s)" in dry.out
-            assert "at most" in dry.out
+            assert "at most" in dry.out and "fills a step" not in dry.out
+            many = run_command("train/lora.py", "--config", config, "--dry-run", "--train.batch_size=4")
+            assert "17x64x64 fills a step of 4 first in epoch 2" in many.out and "33x64x96 fills" in many.out
+            short = ("--train.batch_size=4", "--train.max_steps=2")
+            few = run_command("train/lora.py", "--config", config, "--dry-run", *short)
+            assert "17x64x64 fills a step of 4 never in this run" in few.out
         assert run_command("train/lora.py", "--config", config).code == 0
         final = tmp_path / name.replace(" ", "-") / "final" / "pytorch_lora_weights.safetensors"
         weights.append(load_file(final))

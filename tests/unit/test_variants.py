@@ -1,6 +1,7 @@
 """Every variant: training gives the transformer what the released pipeline gives it, and sizes follow its rules."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ from PIL import Image
 from cogtune import generation, models
 from cogtune.adapter import add_lora
 from cogtune.attention import install_attention
-from cogtune.conditions import clean_condition, join_conditions
+from cogtune.conditions import ImageCondition, clean_condition, join_conditions
 from cogtune.config import AdapterSettings
 from cogtune.dataset import Batch
 from cogtune.denoiser import OFS, Denoiser, make_rotary
-from cogtune.diffusion import pad_front
+from cogtune.diffusion import add_noise, pad_front, velocity
 from cogtune.errors import UserError
 from cogtune.execution import allow_shapes, configure_blocks
 from cogtune.image_encoder import ImageEncoder, load_image_encoder
@@ -39,6 +40,21 @@ VARIANT_MODELS = ["tiny", "tiny-2b", "tiny-i2v", "tiny-1.5", "tiny-1.5-i2v"]
 def make_denoiser(facts: models.ModelFacts) -> Denoiser:
     encoder = load_image_encoder(facts, torch.float32, CPU) if facts.takes_image else None
     return Denoiser(facts, device=CPU, dtype=torch.float32, min_snr_gamma=None, image_encoder=encoder)
+
+
+def make_batch(
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    text: torch.Tensor,
+    timesteps: torch.Tensor,
+    clips: list[Clip],
+    image: ImageCondition | None = None,
+) -> Batch:
+    count = len(clips)
+    return Batch(
+        latents, noise, text, timesteps, torch.ones(count), torch.zeros(count, dtype=torch.bool), list(range(count)),
+        clips, [False] * count, 0, image,
+    )  # fmt: skip
 
 
 def load_stock(folder: Path, kind: Any = None) -> Any:
@@ -336,7 +352,7 @@ def test_losses_of_image_models_reach_the_weights(variant_folder: Callable[[str]
     condition = clean_condition(torch.from_numpy(draw_clip(1)[0]), (16, 8, 12), key="k")
     text = torch.randn(1, 24, 32, generator=generator)
     clip = Clip("a", Path("a"), "a")
-    batch = Batch(latents, noise, text, torch.tensor([400]), [0], [clip], [False], condition)
+    batch = make_batch(latents, noise, text, torch.tensor([400]), [clip], condition)
     abar = models.load_scheduler(facts).alphas_cumprod[400].float()
     noisy = abar.sqrt() * latents + (1 - abar).sqrt() * noise
     encoder = ImageEncoder(models.load_vae(facts, torch.float32), facts)
@@ -365,7 +381,7 @@ def make_step(facts: models.ModelFacts, draw_clip: Draw) -> Batch:
         image = join_conditions(conditions)
     text = torch.randn(2, facts.max_text_length, facts.text_dim, generator=generator)
     clips = [Clip(name, Path(name), name) for name in "ab"]
-    return Batch(latents, noise, text, torch.tensor([100, 900]), [0, 1], clips, [False, False], image)
+    return make_batch(latents, noise, text, torch.tensor([100, 900]), clips, image)
 
 
 @pytest.mark.parametrize("model", ["tiny-i2v", "tiny-1.5", "tiny-1.5-i2v"])
@@ -438,5 +454,44 @@ def test_the_compiler_makes_a_graph_for_every_shape_of_a_run(
     clips = [Clip("a", Path("a"), "a")]
     for rows in (2, 4, 6, 8):
         latents = torch.randn(1, 6, 16, rows, 12)
-        denoiser.losses(transformer, Batch(latents, latents, text, torch.tensor([1]), [0], clips, [False])).sum()
+        denoiser.losses(transformer, make_batch(latents, latents, text, torch.tensor([1]), clips)).sum()
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("ask_base", ["samples", "batch"])
+def test_prior_clips_of_image_models_ask_the_base_with_their_image(
+    ask_base: Any, variant_folder: Callable[[str], Path], draw_clip: Draw
+) -> None:
+    """Held samples go towards what the base model predicts for the same image, which is encoded once."""
+    facts = models.read_facts(variant_folder("tiny-1.5-i2v"))
+    base = models.load_transformer(facts, torch.float32)
+    changed = models.load_transformer(facts, torch.float32)
+    torch.nn.init.normal_(changed.proj_out.bias, std=0.1, generator=torch.Generator().manual_seed(0))
+    batch = make_step(facts, draw_clip)
+    batch.held[1], batch.num_held = True, 1
+
+    weights = {name: tensor.clone() for name, tensor in changed.state_dict().items()}
+
+    @contextmanager
+    def as_base() -> Iterator[None]:
+        changed.load_state_dict(base.state_dict())
+        yield
+        changed.load_state_dict(weights)
+
+    encoder = load_image_encoder(facts, torch.float32, CPU)
+    denoiser = Denoiser(
+        facts, device=CPU, dtype=torch.float32, min_snr_gamma=None, image_encoder=encoder, base=as_base,
+        ask_base=ask_base,
+    )  # fmt: skip
+    with torch.no_grad():
+        losses = denoiser.losses(changed, batch)
+        abar = denoiser.alphas_cumprod
+        noisy = add_noise(batch.latents, batch.noise, batch.timesteps, abar)
+        ours, theirs = (
+            make_denoiser(facts).predict(m, noisy, batch.embeddings, batch.timesteps, batch.image)
+            for m in (changed, base)
+        )
+    target = velocity(batch.latents, batch.noise, batch.timesteps, abar)
+    torch.testing.assert_close(losses[0], (ours[0] - target[0]).square().mean())
+    torch.testing.assert_close(losses[1], (ours[1] - theirs[1]).square().mean())
+    assert losses[1] > 0

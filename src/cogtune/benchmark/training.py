@@ -21,7 +21,7 @@ from cogtune.adapter import TrainedAdapter
 from cogtune.attention_backends import SDPA_BACKENDS, BackendTiming, choose_backend
 from cogtune.benchmark.ceilings import StepShape, describe_ceilings, measure_ceilings, peak_flops
 from cogtune.benchmark.clock import attempt
-from cogtune.benchmark.images import make_random_image, make_random_image_encoder
+from cogtune.benchmark.images import make_random_image, make_random_image_encoder, time_image_encoding
 from cogtune.benchmark.kernels import describe_profile, profile_steps
 from cogtune.benchmark.numerics import check_variants, describe_check
 from cogtune.benchmark.variants import BASELINE, Variant, parse_variant, prepare_transformer
@@ -83,6 +83,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     keep("conditions", json.dumps(results["conditions"]))
     results["ceilings"] = bench.ceilings = measure_ceilings(bench.shape, bench.device, bench.dtype)
     keep("ceilings", describe_ceilings(bench.ceilings))
+    if bench.facts.takes_image:
+        results["image_encoding"] = attempt(lambda: time_image_encoding(arguments.model, bench.size, bench.device))
+        keep("image encoding, of each sample in each step", json.dumps(results["image_encoding"]))
+        bench.clear()
     if arguments.check:
         results["check"] = check_variants(
             variants, arguments.model, bench.size, rank=arguments.rank, device=bench.device, dtype=bench.dtype
