@@ -495,3 +495,16 @@ def test_prior_clips_of_image_models_ask_the_base_with_their_image(
     torch.testing.assert_close(losses[0], (ours[0] - target[0]).square().mean())
     torch.testing.assert_close(losses[1], (ours[1] - theirs[1]).square().mean())
     assert losses[1] > 0
+
+
+def test_portrait_videos_are_made_where_the_stock_pipeline_has_no_positions(
+    variant_folder: Callable[[str], Path],
+) -> None:
+    folder = variant_folder("tiny-1.5")
+    facts = models.read_facts(folder)
+    pipeline = generation.load_pipeline(facts, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    request = Request("a red ball", 9, 96, 64, num_inference_steps=1)
+    assert generation.generate(pipeline, request, max_text_length=24).shape == (9, 96, 64, 3)
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        load_stock(folder)("a", num_frames=9, height=96, width=64, num_inference_steps=1, max_sequence_length=24)
