@@ -17,10 +17,9 @@ def main() -> None:
     invocation = parse_run(__doc__ or "")
     plan = make_data_plan(invocation.config)
     if invocation.dry_run:
-        form = plan.clip_format
         print(
-            f"{len(plan.train_clips)} + {len(plan.validation_clips)} clips of {form.num_frames} frames, "
-            f"{form.width}x{form.height} at {form.fps:g} fps, for {plan.facts.folder}"
+            f"{len(plan.train_clips)} + {len(plan.validation_clips)} clips for {plan.facts.folder}\n"
+            f"format      {plan.describe_formats()}"
         )
         return
     accelerator = start_accelerator(plan)

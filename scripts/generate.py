@@ -2,6 +2,7 @@
 
     python scripts/generate.py --model cogvideox-5b --lora runs/my-lora/final --prompt "..." --seed 1 --output out.mp4
 
+Image-to-video models: --image first.png. From a video (text-to-video models): --video in.mp4 --strength 0.8.
 Several prompts, seeds or both give several files: out-00-1.mp4, out-00-2.mp4, ...
 """
 
@@ -16,18 +17,12 @@ from cogtune.acceleration import (
     quantize_transformer,
 )
 from cogtune.errors import UserError, run_command
-from cogtune.generation import (
-    check_request,
-    explain_out_of_memory,
-    generate,
-    load_adapters,
-    load_pipeline,
-    place_pipeline,
-)
-from cogtune.generation_options import check_files, make_requests, output_path, parse_generation
+from cogtune.generation import explain_out_of_memory, generate, load_adapters, load_pipeline, place_pipeline
+from cogtune.generation_options import check_files, describe_inputs, make_requests, output_path, parse_generation
 from cogtune.joint_blocks import find_step_cache
 from cogtune.models import choose_device, choose_dtype, find_folder, read_facts
 from cogtune.video import write_video
+from cogtune.video_request import check_request
 
 
 def main() -> None:
@@ -42,16 +37,18 @@ def main() -> None:
     compiled = decide_compile(options.compile, device=device, offload=options.offload, num_steps=options.num_steps)
 
     dtype = choose_dtype(options.dtype, facts, device)
-    pipeline = load_pipeline(facts, dtype=dtype, sampler=options.sampler)
+    for line in describe_inputs(requests):
+        print(line)
+    pipeline = load_pipeline(facts, dtype=dtype, sampler=options.sampler, from_video=options.video is not None)
     for line in load_adapters(pipeline, options.lora):
         print(line)
     if options.merge == "on" or options.quantize != "none" or (options.merge == "auto" and device.type == "cuda"):
         merge_adapters(pipeline)
     quantize_transformer(pipeline.transformer, options.quantize, device)
-    tiling = decide_tiling(options.vae_tiling, device)
+    first = requests[0]
+    tiling = decide_tiling(options.vae_tiling, device, height=first.height, width=first.width)
     place_pipeline(pipeline, device, offload=options.offload, vae_tiling=tiling)
     coded = device.type == "cuda" and options.offload == "none" and not tiling
-    first = requests[0]
     tokens = facts.num_tokens(first.num_frames, first.height, first.width)
     backend = choose_sampling_backend(facts, tokens, dtype, device)
     coder = accelerate(pipeline, compiled=compiled, cache=options.cache, coded=coded, backend=backend)

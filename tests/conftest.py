@@ -62,6 +62,19 @@ def tiny_2b_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def variant_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function that gives a random pipeline like a variant: tiny, tiny-2b, tiny-i2v, tiny-1.5, tiny-1.5-i2v."""
+    made: dict[str, Path] = {}
+
+    def get(model: str) -> Path:
+        if model not in made:
+            made[model] = _write_pipeline(tmp_path_factory, model)
+        return made[model]
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def skeleton_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A function that gives a pipeline folder of a released architecture with all configs and empty weights."""
     made: dict[str, Path] = {}
@@ -104,7 +117,7 @@ def skeleton_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
     return get
 
 
-def draw_clip(seed: int, num_frames: int = 17, height: int = 64, width: int = 96) -> np.ndarray:
+def _draw_clip(seed: int, num_frames: int = 17, height: int = 64, width: int = 96) -> np.ndarray:
     """Smooth moving colours, uint8 [F, H, W, 3]: different for every seed."""
     generator = np.random.default_rng(seed)
     frame, row, column, channel = np.ogrid[:num_frames, :height, :width, :3]
@@ -116,13 +129,19 @@ def draw_clip(seed: int, num_frames: int = 17, height: int = 64, width: int = 96
 
 
 @pytest.fixture(scope="session")
+def draw_clip() -> Callable[..., np.ndarray]:
+    """A function that draws a clip, uint8 [F, H, W, 3], for a seed, frames, height and width."""
+    return _draw_clip
+
+
+@pytest.fixture(scope="session")
 def clips_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six clips of 17 frames, 96x64, 8 fps, each with a caption beside it."""
     from cogtune.video import write_video
 
     folder = tmp_path_factory.mktemp("clips")
     for index in range(6):
-        write_video(folder / f"clip{index}.mp4", draw_clip(index), 8)
+        write_video(folder / f"clip{index}.mp4", _draw_clip(index), 8)
         (folder / f"clip{index}.txt").write_text(f"coloured waves, number {index}\n")
     return folder
 

@@ -32,6 +32,7 @@ def main() -> None:
     card = make_adapter_card(
         config,
         plan.facts,
+        plan.clip_format,
         num_clips=len(run.data.train),
         global_batch=plan.global_batch,
         dtype=str(plan.dtype).removeprefix("torch."),

@@ -7,7 +7,6 @@ videos decoded in channels-last memory (`vae/frame_coder`). Not exact, and never
 from typing import Any, Literal
 
 import torch
-from diffusers import CogVideoXPipeline
 
 from cogtune.attention import fuse_projections
 from cogtune.attention_backends import Backend, activate, is_installed, measure_backends
@@ -38,14 +37,17 @@ def decide_compile(wanted: Switch, *, device: torch.device, offload: Offload, nu
     return wanted == "on" or (wanted == "auto" and device.type == "cuda" and num_steps >= COMPILE_FROM_STEPS)
 
 
-def decide_tiling(wanted: Switch, device: torch.device) -> bool:
-    """Whether decoding goes by tiles: `auto` does where a GPU has too little free memory for a whole video."""
+def decide_tiling(wanted: Switch, device: torch.device, *, height: int = 480, width: int = 720) -> bool:
+    """Whether decoding goes by tiles: `auto` does where a GPU has too little free memory for a whole video.
+
+    The decoder works on a few frames at a time, so its memory grows with their size in pixels.
+    """
     if wanted != "auto" or device.type != "cuda":
         return wanted == "on"
-    return torch.cuda.mem_get_info(device)[0] < WHOLE_DECODE_GIB << 30
+    return torch.cuda.mem_get_info(device)[0] < WHOLE_DECODE_GIB * (height * width / (480 * 720)) * (1 << 30)
 
 
-def merge_adapters(pipeline: CogVideoXPipeline) -> None:
+def merge_adapters(pipeline: Any) -> None:
     """Adds the adapters to the weights, which rounds them once; sampling then costs what the base model costs."""
     if getattr(pipeline.transformer, "peft_config", None):
         pipeline.fuse_lora()
@@ -102,7 +104,7 @@ def choose_sampling_backend(facts: ModelFacts, tokens: int, dtype: torch.dtype, 
 
 
 def accelerate(
-    pipeline: CogVideoXPipeline,
+    pipeline: Any,
     *,
     compiled: bool,
     cache: CacheSettings | None,

@@ -4,6 +4,7 @@ An entry's name is the digest of everything that it depends on, so it can't be s
 its tensors, so damage is found when it is read. Any number of processes may read and write at once. Layout:
 
     <cache_dir>/latents/<kk>/<key>.safetensors    mean, logvar  [C, F, H, W]: training samples anew each time
+    <cache_dir>/images/<kk>/<key>.safetensors     image         [H, W, 3] uint8: image-to-video noises its pixels
     <cache_dir>/text/<kk>/<key>.safetensors       embeddings    [L, D]: all positions, there is no attention mask
     <cache_dir>/digests/<kk>/<key>.json           digests of source files, valid while size and times are the same
 """
@@ -44,7 +45,7 @@ def digest_tensors(tensors: dict[str, torch.Tensor]) -> str:
 
 
 class Cache:
-    """A folder of entries; `kind` is "latents" or "text"."""
+    """A folder of entries; `kind` is "latents", "images" or "text"."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

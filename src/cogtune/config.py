@@ -24,7 +24,7 @@ class Section(BaseModel):
 
 class ModelSettings(Section):
     path: str = "tiny"
-    """Hub name, local pipeline folder, or short name (tiny, cogvideox-2b, cogvideox-5b)."""
+    """Hub name, local pipeline folder, or short name (tiny, cogvideox-2b, -5b, -5b-i2v, -1.5-5b, -1.5-5b-i2v)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the base weights and activations; auto: the variant's own on a GPU, float32 on a CPU."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -48,6 +48,12 @@ class DataSettings(Section):
     """Pixels; default: the model's own."""
     fps: Annotated[float, Field(gt=0)] | None = None
     """Frames a second at which clips are sampled by time; default: the model's own."""
+    buckets: Annotated[list[str], Field(min_length=1)] | None = None
+    """Several formats instead of one, such as `81x768x1360` (frames x height x width): each clip goes to the one whose
+    shape is nearest, and of these to the longest that it fills. A batch holds one."""
+    bucket_tokens: Positive | None = None
+    """Formats by a budget instead of a list: shapes from portrait to landscape, each as long as this many tokens allow,
+    and half and a quarter of that for shorter clips."""
     allow_unsupported_size: bool = False
     """Allow a length or size that the model card doesn't support; expect worse videos."""
     id_token: str | None = None
@@ -113,6 +119,8 @@ class TrainSettings(Section):
     """Everything random in the run follows from it."""
     caption_dropout: Fraction = 0.1
     """Part of the samples that train without caption, as the base models did."""
+    image_dropout: Fraction | None = None
+    """Part of the samples that train without their image; default: 0.05, as the base models (image-to-video only)."""
     dropped_caption: Literal["zeros", "empty"] = "zeros"
     """What stands for a dropped caption: zero embeddings, as the released models saw, or those of the empty caption,
     which is what guidance samples against."""
@@ -160,6 +168,8 @@ class ValidationSettings(Section):
     """Evaluate and generate at this interval as well as at the end; null: at the end only."""
     prompts: list[str] = []
     """One video each, used exactly as written; on the command line `--validation.prompts=TEXT`, repeated."""
+    images: list[Path] | None = None
+    """For image-to-video models: the first frame of each prompt's video, as many as there are prompts."""
     seeds: list[int] = [0]
     """Each prompt is generated with each seed."""
     negative_prompt: str = ""
@@ -247,9 +257,15 @@ class RunConfig(BaseSettings):
         return value
 
     @model_validator(mode="after")
-    def _manifests_differ(self) -> "RunConfig":
+    def _settings_agree(self) -> "RunConfig":
         if self.data.validation_manifest is not None and self.data.validation_clips:
             raise ValueError("data.validation_manifest and data.validation_clips exclude each other; give one")
+        data = self.data
+        if data.buckets and data.bucket_tokens:
+            raise ValueError("data.buckets and data.bucket_tokens exclude each other; give one")
+        sized = [name for name in ("num_frames", "height", "width") if getattr(data, name) is not None]
+        if (data.buckets or data.bucket_tokens) and sized:
+            raise ValueError(f"data.{sized[0]}: has no effect beside buckets, which have sizes of their own; remove it")
         return self
 
     def to_plain(self) -> dict[str, Any]:

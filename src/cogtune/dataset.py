@@ -7,12 +7,15 @@ so 2 processes x batch 1, 1 x batch 2 and 1 x 2 accumulation steps see the same 
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cogtune.cache import Cache
-from cogtune.draws import ClipOrder, draw_caption_dropped, draw_noise, draw_timestep
+from cogtune.conditions import ImageCondition, draw_condition, join_conditions
+from cogtune.diffusion import pad_front
+from cogtune.draws import BucketOrder, draw_caption_dropped, draw_noise, draw_timestep
 from cogtune.errors import UserError
 from cogtune.manifest import Clip
 
@@ -27,6 +30,8 @@ class Entry:
     clip: Clip
     latents_key: str
     text_key: str
+    image_key: str | None = None
+    """Only for image-to-video models."""
 
 
 @dataclass
@@ -43,17 +48,25 @@ class Batch:
     clips: list[Clip]
     dropped: list[bool]
     num_held: int
+    image: ImageCondition | None = None
 
     def pin_memory(self) -> "Batch":
         """For the loader: page-locked copies, so that transfers don't wait."""
         for name in TENSORS:
             setattr(self, name, getattr(self, name).pin_memory())
+        self.image = None if self.image is None else self.image.pin_memory()
         return self
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on the device."""
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in TENSORS}
+        moved: dict[str, Any] = {name: getattr(self, name).to(device, non_blocking=True) for name in TENSORS}
+        moved["image"] = None if self.image is None else self.image.to(device)
         return replace(self, **moved)
+
+    def release(self) -> None:
+        """Gives the large tensors back; what describes the samples stays."""
+        self.latents = self.noise = self.embeddings = torch.empty(0)
+        self.image = None
 
     def describe(self) -> list[str]:
         """One line a sample for error messages: id, timestep, caption."""
@@ -77,8 +90,23 @@ def read_sample(cache: Cache, entry: Entry) -> tuple[torch.Tensor, torch.Tensor,
     return moments["mean"].float(), std, text["embeddings"]
 
 
+def read_image(cache: Cache, entry: Entry) -> torch.Tensor:
+    """The image that a clip starts from, uint8 [H, W, 3]."""
+    assert entry.image_key is not None
+    found = cache.read("images", entry.image_key)
+    if found is None:
+        raise UserError(
+            f"cache entry of clip {entry.clip.id!r} (image) is missing or was damaged and is removed; "
+            "start the run again: the entry is made again and training resumes"
+        )
+    return found["image"]
+
+
 class TrainingSet(Dataset[Batch]):
-    """Item p is the sample at global position p: a pure function of (seed, p) and the entries."""
+    """Item p is the sample at global position p: a pure function of (seed, p) and the entries.
+
+    Where clips have different formats, the `global_batch` samples of an optimizer step share one.
+    """
 
     def __init__(
         self,
@@ -94,6 +122,9 @@ class TrainingSet(Dataset[Batch]):
         prior_weight: float = 1.0,
         hold_prior: bool = False,
         hold_dropped: bool = False,
+        patch_size_t: int | None = None,
+        image_dropout: float = 0.0,
+        global_batch: int = 1,
     ) -> None:
         """`hold_prior`, `hold_dropped`: prior clips, and samples without caption, go towards the base model."""
         self._entries, self._cache, self._seed = list(entries), cache, seed
@@ -101,17 +132,25 @@ class TrainingSet(Dataset[Batch]):
         self._caption_dropout, self._strata, self._lowest = caption_dropout, timestep_strata, lowest_timestep
         self._dropped_caption_key = dropped_caption_key
         self._prior_weight, self._hold_prior, self._hold_dropped = prior_weight, hold_prior, hold_dropped
+        self._patch_size_t, self._image_dropout = patch_size_t or 1, image_dropout
         self._kept: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self._kept_bytes = 0
         self._empty_embeddings: torch.Tensor | None = None
-        self.order = ClipOrder([entry.clip.weight for entry in entries], seed)
+        forms = list(dict.fromkeys(entry.clip.form for entry in entries))
+        self.order = BucketOrder(
+            [entry.clip.weight for entry in entries],
+            [forms.index(entry.clip.form) for entry in entries],
+            seed,
+            group_size=global_batch,
+        )
 
     def __getitem__(self, position: int) -> Batch:
         index = self.order.clip_at(position)
         entry = self._entries[index]
         mean, std, embeddings = self._read(index)
-        posterior_noise, noise = draw_noise(self._seed, position, tuple(mean.shape))
-        latents = (mean + std * posterior_noise) * self._scaling_factor
+        num_padding = -mean.shape[1] % self._patch_size_t
+        posterior_noise, noise = draw_noise(self._seed, position, tuple(mean.shape), num_padding)
+        latents = pad_front((mean + std * posterior_noise) * self._scaling_factor, num_padding)
         dropped = draw_caption_dropped(self._seed, position, self._caption_dropout)
         timestep = draw_timestep(self._seed, position, self._strata, self._lowest)
         held = (self._hold_prior and entry.clip.prior) or (self._hold_dropped and dropped)
@@ -126,7 +165,14 @@ class TrainingSet(Dataset[Batch]):
             clips=[entry.clip],
             dropped=[dropped],
             num_held=int(held),
+            image=self._draw_image(entry, position, (mean.shape[0], *mean.shape[2:])),
         )
+
+    def _draw_image(self, entry: Entry, position: int, latent_shape: tuple[int, ...]) -> ImageCondition | None:
+        if entry.image_key is None:
+            return None
+        image = read_image(self._cache, entry)
+        return draw_condition(image, latent_shape, seed=self._seed, position=position, dropout=self._image_dropout)
 
     def _read(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """A clip's tensors; small data sets stay in this worker's memory after the first time."""
@@ -162,6 +208,7 @@ def join_samples(samples: list[Batch]) -> Batch:
         clips=[c for s in samples for c in s.clips],
         dropped=[d for s in samples for d in s.dropped],
         num_held=sum(s.num_held for s in samples),
+        image=join_conditions([s.image for s in samples]),
     )
 
 

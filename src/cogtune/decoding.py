@@ -15,18 +15,8 @@ from types import TracebackType
 
 import numpy as np
 
-from cogtune.manifest import Clip
+from cogtune.manifest import Clip, ClipFormat
 from cogtune.video import ClipError
-
-
-@dataclass(frozen=True)
-class ClipFormat:
-    """What a training clip looks like: frames, pixels, frames a second."""
-
-    num_frames: int
-    height: int
-    width: int
-    fps: float
 
 
 @dataclass
@@ -66,7 +56,10 @@ def _end(worker: _Worker) -> None:
 
 
 class ClipDecoder:
-    """A pool of decoding processes; a context manager. `decode` yields outcomes in the order of the clips."""
+    """A pool of decoding processes; a context manager. `decode` yields outcomes in the order of the clips.
+
+    `clip_format` is for clips that have none of their own.
+    """
 
     def __init__(self, clip_format: ClipFormat, *, num_workers: int, timeout_seconds: float) -> None:
         self._format = clip_format
@@ -128,7 +121,7 @@ class ClipDecoder:
         worker.task = task
         clip = clips[task.index]
         options = {"path": clip.video, "start": clip.start, "end": clip.end, "decoders": task.decoders}
-        worker.pipe.send(vars(self._format) | options)
+        worker.pipe.send(vars(clip.form or self._format) | options)
 
     def _collect(self, clips: Sequence[Clip]) -> Iterator[tuple[Decoded | None, _Task | None]]:
         busy = {worker.pipe: worker for worker in self._workers if worker.task is not None}

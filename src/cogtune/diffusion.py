@@ -36,6 +36,11 @@ def make_alphas_cumprod(scheduler_config: dict[str, Any]) -> torch.Tensor:
     return abar.float()
 
 
+def pad_front(latents: torch.Tensor, num_frames: int) -> torch.Tensor:
+    """Latents [C, F, H, W] with `num_frames` copies of the first frame before it, as version 1.5 was trained."""
+    return torch.cat([latents[:, :1].expand(-1, num_frames, -1, -1), latents], dim=1) if num_frames else latents
+
+
 def _gather(abar: torch.Tensor, timesteps: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return abar.to(like.device)[timesteps].reshape(-1, *([1] * (like.ndim - 1)))
 

@@ -7,6 +7,7 @@ the same global batch see the same samples. Everything is drawn on the CPU: ever
 
 import bisect
 import hashlib
+import math
 from fractions import Fraction
 
 import torch
@@ -61,6 +62,57 @@ class ClipOrder:
         return self._epoch[1][position - self._starts[epoch]]
 
 
+class BucketOrder:
+    """Which clip stands at which global position, where clips of different shapes can't share a batch.
+
+    Positions come in groups of `group_size` aligned neighbours (an optimizer step's samples), and a group holds one
+    bucket. Each bucket is a `ClipOrder` of its own, and its groups read on from where its last one ended. With n
+    samples in its first e epochs, it has had floor(n / group_size) groups by then, and the groups of an epoch come in
+    an order keyed by (seed, epoch). So no sample is dropped or doubled: after any number of epochs a bucket is less
+    than one group behind. With one bucket this is `ClipOrder`.
+    """
+
+    def __init__(self, weights: list[float], buckets: list[int], seed: int, *, group_size: int) -> None:
+        self._seed, self._group_size = seed, group_size
+        self._clips = [[i for i, own in enumerate(buckets) if own == bucket] for bucket in range(max(buckets) + 1)]
+        self._clips = [clips for clips in self._clips if any(weights[i] for i in clips)]
+        if not self._clips:
+            raise ValueError("at least one clip with a weight above zero is needed")
+        # One bucket keeps the seed: the order of a run without buckets.
+        seeds = [seed] if len(self._clips) == 1 else [derive_seed("bucket", seed, n) for n in range(len(self._clips))]
+        self._orders = [
+            ClipOrder([weights[i] for i in clips], own) for clips, own in zip(self._clips, seeds, strict=True)
+        ]
+        self._starts = [0]  # group at which each epoch begins, grown on demand
+        self._epoch: tuple[int, list[tuple[int, int]]] | None = None
+
+    def _count_groups(self, num_epochs: int) -> list[int]:
+        """Of each bucket in the first epochs."""
+        return [order.num_samples(num_epochs) // self._group_size for order in self._orders]
+
+    def clip_at(self, position: int) -> int:
+        """Index of the clip at a global position."""
+        group, place = divmod(position, self._group_size)
+        while self._starts[-1] <= group:
+            self._starts.append(sum(self._count_groups(len(self._starts))))
+        epoch = bisect.bisect_right(self._starts, group) - 1
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = (epoch, self._arrange(epoch))
+        bucket, number = self._epoch[1][group - self._starts[epoch]]
+        return self._clips[bucket][self._orders[bucket].clip_at(number * self._group_size + place)]
+
+    def _arrange(self, epoch: int) -> list[tuple[int, int]]:
+        """The epoch's groups as (bucket, number of that bucket's group in the run)."""
+        before, after = self._count_groups(epoch), self._count_groups(epoch + 1)
+        waiting = [bucket for bucket, count in enumerate(before) for _ in range(after[bucket] - count)]
+        order = torch.randperm(len(waiting), generator=make_generator("groups", self._seed, epoch)).tolist()
+        groups = []
+        for index in order:
+            groups.append((waiting[index], before[waiting[index]]))
+            before[waiting[index]] += 1
+        return groups
+
+
 def draw_timestep(seed: int, position: int, num_strata: int, lowest: int = 0) -> int:
     """Uniform on lowest..999; any `num_strata` aligned neighbours cover the range evenly, one in each stratum."""
     group, member = divmod(position, num_strata)
@@ -75,7 +127,30 @@ def draw_caption_dropped(seed: int, position: int, probability: float) -> bool:
     return torch.rand((), generator=generator, dtype=torch.float64).item() < probability
 
 
-def draw_noise(seed: int, position: int | str, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Standard normal float32 tensors for the VAE's posterior and for the diffusion, each of `shape`."""
+def draw_noise(
+    seed: int, position: int | str, shape: tuple[int, ...], num_padding: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Standard normal float32 noise for the VAE's posterior, of `shape` [C, F, ...], and for the diffusion.
+
+    That one has `num_padding` frames more, for latents that are padded at the front.
+    """
     generator = make_generator("noise", seed, position)
-    return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+    posterior_noise = torch.randn(shape, generator=generator)
+    padded = shape if num_padding == 0 else (shape[0], shape[1] + num_padding, *shape[2:])
+    return posterior_noise, torch.randn(padded, generator=generator)
+
+
+def draw_image_dropped(seed: int, position: int, probability: float) -> bool:
+    """Whether the sample's image is replaced by zero latents."""
+    generator = make_generator("image dropped", seed, position)
+    return torch.rand((), generator=generator, dtype=torch.float64).item() < probability
+
+
+def draw_image_noise(
+    seed: int, position: int | str, pixels: tuple[int, ...], latents: tuple[int, ...]
+) -> tuple[float, torch.Tensor, torch.Tensor]:
+    """Scale exp(N(-3, 0.5)) of an image's noise, and standard normal float32 noise for its pixels and its posterior."""
+    generator = make_generator("image", seed, position)
+    exponent = torch.randn((), generator=generator, dtype=torch.float64).item()
+    posterior_noise = torch.randn(latents, generator=generator)
+    return math.exp(-3.0 + 0.5 * exponent), torch.randn(pixels, generator=generator), posterior_noise

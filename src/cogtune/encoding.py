@@ -19,14 +19,15 @@ from tqdm import tqdm
 
 from cogtune import models
 from cogtune.cache import Cache, make_key
-from cogtune.decoding import ClipDecoder, ClipFormat, Decoded
-from cogtune.manifest import Clip
+from cogtune.decoding import ClipDecoder, Decoded
+from cogtune.manifest import Clip, ClipFormat
 from cogtune.models import ModelFacts
 from cogtune.overlap import Batch, EncodingTimes, encode_overlapped
 from cogtune.vae.frame_coder import FrameCoder
-from cogtune.video import ClipError
+from cogtune.video import ClipError, load_image
 
 _PREPROCESSING = "time-sampled; upright; bicubic antialias cover; centre crop; [-1, 1]; v1"
+_IMAGE = "upright; bicubic antialias cover; centre crop; v1"
 TEXT_BATCH = 8
 _CODED_FROM_CLIPS = 8
 """From this many on, a GPU encodes with `FrameCoder`, whose kernels take some seconds to compile."""
@@ -52,7 +53,10 @@ class Share:
 
 
 class CacheKeys:
-    """Entry names for one model, clip format and precision; digests its VAE and text encoder once."""
+    """Entry names for one model, clip format and precision; digests its VAE and text encoder once.
+
+    `clip_format` is for clips that have none of their own.
+    """
 
     def __init__(self, cache: Cache, facts: ModelFacts, clip_format: ClipFormat, dtype: torch.dtype) -> None:
         self._cache, self._facts, self._format, self._dtype = cache, facts, clip_format, str(dtype)
@@ -67,7 +71,7 @@ class CacheKeys:
 
     def latents(self, clip: Clip) -> str:
         """Key of a clip's VAE moments: the video's bytes, the segment, the preprocessing, the VAE."""
-        video, form = self._cache.digest_file(clip.video), self._format
+        video, form = self._cache.digest_file(clip.video), clip.form or self._format
         shape = [form.num_frames, form.height, form.width, form.fps]
         return make_key(
             video=video,
@@ -78,6 +82,16 @@ class CacheKeys:
             vae=self._vae,
             dtype=self._dtype,
         )
+
+    def image(self, clip: Clip) -> str | None:
+        """Key of the image that a clip starts from; None where the model takes none."""
+        form = clip.form or self._format
+        if not self._facts.takes_image:
+            return None
+        if clip.image is not None:
+            return make_key(image=self._cache.digest_file(clip.image), size=[form.height, form.width], how=_IMAGE)
+        video, size = self._cache.digest_file(clip.video), [form.height, form.width]
+        return make_key(video=video, start=clip.start, size=size, how=f"first frame; {_PREPROCESSING}")
 
 
 def encode_captions(
@@ -157,13 +171,23 @@ def encode_clips(
     on_problem: Callable[[Clip, ClipError], None],
     quiet: bool = False,
 ) -> EncodingTimes | None:
-    """Puts the VAE moments of every clip into the cache where they are missing; None where none are.
+    """Puts every clip's VAE moments, and its image where the model takes one, into the cache where they are missing.
+
+    Returns None where nothing was missing.
 
     `on_problem` is called for a clip that can't be decoded; what it doesn't raise leaves the clip out. It may be called
     from another thread, one call at a time.
     """
     by_key = {keys.latents(clip): clip for clip in clips}
+    first_frames = {}  # keys of images by keys of latents
+    if facts.takes_image:
+        _cache_given_images(clips, keys, cache, clip_format, share=share, on_problem=on_problem, quiet=quiet)
+        first_frames = {keys.latents(clip): keys.image(clip) or "" for clip in clips if clip.image is None}
     mine = _find_missing("latents", by_key, cache, share, quiet=quiet)
+    if first_frames:
+        without = set(_find_missing("images", first_frames.values(), cache, share, quiet=quiet))
+        mine = sorted({*mine, *(key for key, image in first_frames.items() if image in without)})
+    mine.sort(key=lambda key: (by_key[key].form or clip_format).describe())  # clips of one shape are encoded together
     times: EncodingTimes | None = None
     if mine:
         vae = models.load_vae(facts, dtype).to(device)  # pyright: ignore[reportArgumentType]
@@ -176,16 +200,58 @@ def encode_clips(
                 _mark_failed(cache, key, str(problem))
                 on_problem(by_key[key], problem)
 
-            def write(keys: list[str], moments: tuple[torch.Tensor, ...]) -> None:
-                for key, mean, logvar in zip(keys, *moments, strict=True):
+            def encode(frames: torch.Tensor) -> tuple[torch.Tensor, ...]:
+                moments = encode_frames(vae, frames, coder)
+                return (*moments, frames[:, 0]) if facts.takes_image else moments
+
+            def write(keys: list[str], results: tuple[torch.Tensor, ...]) -> None:
+                for key, mean, logvar, *first_frame in zip(keys, *results, strict=True):
+                    if key in first_frames:
+                        cache.write("images", first_frames[key], {"image": first_frame[0]})
                     cache.write("latents", key, {"mean": mean, "logvar": logvar})
 
-            batches = _gather_batches(shown, mine, _clips_at_once(clip_format, device), note)
-            times = encode_overlapped(batches, lambda frames: encode_frames(vae, frames, coder), write, device)
+            times = encode_overlapped(_gather_batches(shown, mine, device, note), encode, write, device)
         del vae, coder
         release_memory(device)
-    _wait_for(by_key, lambda key: cache.has("latents", key) or _failed_path(cache, key).exists())
+
+    def is_done(key: str) -> bool:
+        there = cache.has("latents", key) and (key not in first_frames or cache.has("images", first_frames[key]))
+        return there or _failed_path(cache, key).exists()
+
+    _wait_for(by_key, is_done)
     return times
+
+
+def _cache_given_images(
+    clips: Sequence[Clip],
+    keys: CacheKeys,
+    cache: Cache,
+    clip_format: ClipFormat,
+    *,
+    share: Share,
+    on_problem: Callable[[Clip, ClipError], None],
+    quiet: bool,
+) -> None:
+    """Puts the images that the manifest gives into the cache; `on_problem` hears of each clip whose image is no use."""
+    users: dict[str, list[Clip]] = {}
+    for clip in clips:
+        if clip.image is not None:
+            users.setdefault(keys.image(clip) or "", []).append(clip)
+    if not users:
+        return
+    for key in _find_missing("images", users, cache, share, quiet=quiet):
+        clip = users[key][0]
+        form = clip.form or clip_format
+        assert clip.image is not None
+        try:
+            image = load_image(clip.image, form.height, form.width)
+        except ClipError as problem:
+            _mark_failed(cache, key, str(problem))
+            for user in users[key]:
+                on_problem(user, problem)
+        else:
+            cache.write("images", key, {"image": torch.from_numpy(image)})
+    _wait_for(users, lambda key: cache.has("images", key) or _failed_path(cache, key).exists())
 
 
 def _make_coder(vae: AutoencoderKLCogVideoX, num_clips: int) -> FrameCoder | None:
@@ -195,19 +261,29 @@ def _make_coder(vae: AutoencoderKLCogVideoX, num_clips: int) -> FrameCoder | Non
 
 
 def _gather_batches(
-    outcomes: Iterable[Decoded], keys: Sequence[str], size: int, note: Callable[[str, ClipError], None]
+    outcomes: Iterable[Decoded], keys: Sequence[str], device: torch.device, note: Callable[[str, ClipError], None]
 ) -> Iterator[Batch]:
-    """Keys and uint8 frames [B, F, H, W, 3] of up to `size` decoded clips; `note` hears of those without frames."""
+    """Keys and uint8 frames [B, F, H, W, 3] of decoded clips of one shape; `note` hears of those without frames."""
     waiting: list[tuple[str, torch.Tensor]] = []
+
+    def take() -> Batch:
+        batch = [key for key, _ in waiting], torch.stack([frames for _, frames in waiting])
+        waiting.clear()
+        return batch
+
     for outcome in outcomes:
         if outcome.problem is not None:
             note(keys[outcome.index], outcome.problem)
-        else:
-            assert outcome.frames is not None
-            waiting.append((keys[outcome.index], torch.from_numpy(outcome.frames)))
-        if waiting and (len(waiting) >= size or outcome.index == len(keys) - 1):
-            yield [key for key, _ in waiting], torch.stack([frames for _, frames in waiting])
-            waiting = []
+            continue
+        assert outcome.frames is not None
+        frames = torch.from_numpy(outcome.frames)
+        if waiting and waiting[0][1].shape != frames.shape:
+            yield take()
+        waiting.append((keys[outcome.index], frames))
+        if len(waiting) >= _clips_at_once(frames, device):
+            yield take()
+    if waiting:
+        yield take()
 
 
 def _find_missing(kind: str, keys: Iterable[str], cache: Cache, share: Share, *, quiet: bool) -> list[str]:
@@ -241,14 +317,14 @@ def _mark_failed(cache: Cache, key: str, reason: str) -> None:
     path.write_text(reason)
 
 
-def _clips_at_once(form: ClipFormat, device: torch.device) -> int:
+def _clips_at_once(frames: torch.Tensor, device: torch.device) -> int:
     """How many clips fill the memory that one released clip takes (49 x 480 x 720): one of those, or many small.
 
     On a CPU always one: batching gains nothing there, and an entry's last bits don't depend on its neighbours.
     """
     if device.type == "cpu":
         return 1
-    return max(1, min(32, 49 * 480 * 720 // (form.num_frames * form.height * form.width)))
+    return max(1, min(32, 49 * 480 * 720 * 3 // frames.numel()))
 
 
 @torch.inference_mode()

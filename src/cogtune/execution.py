@@ -16,6 +16,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+_GRAPHS_OF_A_SHAPE = 4  # past the limit, the compiler gives up without a word and the blocks run uncompiled
 Activations = Literal["keep_all", "keep_products", "keep_attention", "recompute"]
 
 _ATTENTION_OPS = frozenset(
@@ -62,6 +63,12 @@ def configure_blocks(
         return run_block(block, _like_an_output(hidden_states), _like_an_output(text), *rest)
 
     transformer.enable_gradient_checkpointing(run)
+
+
+def allow_shapes(num_shapes: int) -> None:
+    """Lets the compiler make graphs for this many clip shapes, for training, evaluation and sampling each."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, _GRAPHS_OF_A_SHAPE * num_shapes)
 
 
 def _like_an_output(x: torch.Tensor) -> torch.Tensor:

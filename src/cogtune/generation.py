@@ -9,85 +9,65 @@ frames = generate(pipeline, Request("a red ball", num_frames=49, height=480, wid
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    CogVideoXImageToVideoPipeline,
+    CogVideoXPipeline,
+    CogVideoXVideoToVideoPipeline,
+)
 
 from cogtune import models
 from cogtune.acceleration import Offload
 from cogtune.adapter import check_adapter_fits, find_adapter_file, read_adapter_file
+from cogtune.denoiser import Rotary, make_rotary
+from cogtune.diffusion import pad_front
 from cogtune.errors import UserError
 from cogtune.joint_blocks import find_step_cache
 from cogtune.models import ModelFacts
 from cogtune.vae.frame_coder import FrameCoder
+from cogtune.video import ClipError, load_clip, load_image
+from cogtune.video_request import Request
+
+Pipeline = CogVideoXPipeline | CogVideoXImageToVideoPipeline | CogVideoXVideoToVideoPipeline
 
 
-@dataclass(frozen=True)
-class Request:
-    """One video to make."""
+def make_pipeline(facts: ModelFacts, *, from_video: bool = False, **components: Any) -> Pipeline:
+    """A released pipeline from loaded components; absent ones (None) are fine where they aren't used.
 
-    prompt: str
-    num_frames: int
-    height: int
-    width: int
-    seed: int = 0
-    negative_prompt: str = ""
-    num_inference_steps: int = 50
-    guidance_scale: float = 6.0
-    dynamic_guidance: bool = False
-    """Guidance that grows along the steps (the vendor's choice for 5B with the DPM sampler)."""
-
-
-def check_request(request: Request, facts: ModelFacts, *, allow_unsupported_size: bool = False) -> None:
-    """Raises `UserError` for a length or size that the model can't make or wasn't trained for."""
-    check_size(facts, request.num_frames, request.height, request.width, allow_unsupported_size=allow_unsupported_size)
-    if not request.prompt.strip():
-        raise UserError("--prompt is empty; describe the video")
-
-
-def check_size(
-    facts: ModelFacts, num_frames: int, height: int, width: int, *, allow_unsupported_size: bool = False
-) -> None:
-    """Raises `UserError` unless the frames are 4k + 1, the size divides into patches and the model supports both."""
-    for name, value in (("num_frames", num_frames), ("height", height), ("width", width)):
-        if value < 1:
-            raise UserError(f"{name}={value}: must be at least 1")
-    if (num_frames - 1) % facts.temporal_factor:
-        below = (num_frames - 1) // facts.temporal_factor * facts.temporal_factor + 1
-        raise UserError(
-            f"num_frames={num_frames}: must be {facts.temporal_factor}k + 1, such as {below} or "
-            f"{below + facts.temporal_factor}: the VAE encodes the first frame alone and the rest in fours"
-        )
-    multiple = facts.spatial_factor * facts.patch_size
-    for name, size in (("height", height), ("width", width)):
-        if size % multiple:
-            raise UserError(f"{name}={size}: must be a multiple of {multiple} pixels (VAE and patches)")
-    native = (facts.num_frames, facts.height, facts.width)
-    if facts.fixed_size and (num_frames, height, width) != native and not allow_unsupported_size:
-        raise UserError(
-            f"{num_frames} frames of {width}x{height}: {facts.variant} supports {native[0]} frames of "
-            f"{native[2]}x{native[1]} only (model card); keep that, or allow it outright with "
-            "data.allow_unsupported_size=true (training) or --allow-unsupported-size (generation)"
-        )
-
-
-def make_pipeline(facts: ModelFacts, **components: Any) -> CogVideoXPipeline:
-    """A released pipeline from loaded components; absent ones (None) are fine where they aren't used."""
+    Image-to-video models get theirs; `from_video`: the one that starts from a video.
+    """
     parts = {name: components.get(name) for name in models.COMPONENTS}
-    pipeline = CogVideoXPipeline(**parts)  # pyright: ignore[reportArgumentType]
+    if facts.takes_image:
+        kind = CogVideoXImageToVideoPipeline
+    else:
+        kind = CogVideoXVideoToVideoPipeline if from_video else CogVideoXPipeline
+    pipeline = kind(**parts)  # pyright: ignore[reportArgumentType]
     pipeline.vae_scale_factor_spatial = facts.spatial_factor
     pipeline.vae_scale_factor_temporal = facts.temporal_factor
     pipeline.vae_scaling_factor_image = facts.scaling_factor
+    if facts.patch_size_t is not None:
+        # The same values, where the released table ends too early (`make_rotary`).
+        def prepare_rotary(height: int, width: int, num_frames: int, device: torch.device) -> Rotary | None:
+            return make_rotary(facts, num_frames, height, width, device)
+
+        pipeline._prepare_rotary_positional_embeddings = prepare_rotary  # pyright: ignore[reportAttributeAccessIssue]
     return pipeline
 
 
 def load_pipeline(
-    facts: ModelFacts, *, dtype: torch.dtype, sampler: Literal["default", "ddim", "dpm"] = "default"
-) -> CogVideoXPipeline:
+    facts: ModelFacts,
+    *,
+    dtype: torch.dtype,
+    sampler: Literal["default", "ddim", "dpm"] = "default",
+    from_video: bool = False,
+) -> Pipeline:
     """The whole pipeline on the CPU, its sampler the checkpoint's own unless told otherwise."""
     scheduler = models.load_scheduler(facts)
     if sampler != "default":
@@ -95,6 +75,7 @@ def load_pipeline(
         scheduler = chosen.from_config(scheduler.config, timestep_spacing="trailing")
     return make_pipeline(
         facts,
+        from_video=from_video,
         tokenizer=models.load_tokenizer(facts),
         text_encoder=models.load_text_encoder(facts, dtype),
         vae=models.load_vae(facts, dtype),
@@ -103,7 +84,7 @@ def load_pipeline(
     )
 
 
-def load_adapters(pipeline: CogVideoXPipeline, adapters: Sequence[tuple[Path, float]]) -> list[str]:
+def load_adapters(pipeline: Pipeline, adapters: Sequence[tuple[Path, float]]) -> list[str]:
     """Loads adapters (file or folder, scale) through diffusers; one line each on what it touches.
 
     Raises `UserError` for a file that is no adapter or another model's.
@@ -137,7 +118,7 @@ def _describe_adapter(path: Path, state: dict[str, torch.Tensor], config: dict[s
 
 
 def place_pipeline(
-    pipeline: CogVideoXPipeline, device: torch.device, *, offload: Offload = "none", vae_tiling: bool = True
+    pipeline: Pipeline, device: torch.device, *, offload: Offload = "none", vae_tiling: bool = True
 ) -> None:
     """Moves the pipeline to the device: all of it, one model at a time, or one layer at a time."""
     if offload != "none" and device.type == "cpu":
@@ -161,34 +142,38 @@ def explain_out_of_memory(error: BaseException) -> str:
 
 
 def generate(
-    pipeline: CogVideoXPipeline, request: Request, *, max_text_length: int = 226, coder: FrameCoder | None = None
+    pipeline: Pipeline, request: Request, *, max_text_length: int = 226, coder: FrameCoder | None = None
 ) -> np.ndarray:
     """One video, uint8 RGB [F, H, W, 3], from a whole pipeline; `coder` decodes it, or else the pipeline."""
     _start_steps(pipeline, request)
-    output = pipeline(
+    whole = coder is None and request.video is None
+    output = _call(
+        pipeline,
+        request,
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
         max_sequence_length=max_text_length,
-        output_type="pt" if coder is None else "latent",
-        **_sampling_arguments(request),
-    ).frames  # pyright: ignore[reportAttributeAccessIssue]
-    if coder is not None:
-        return decode_latents(coder.vae, output, pipeline.vae_scaling_factor_image, coder)
-    return _to_uint8(output[0].permute(0, 2, 3, 1))
+        output_type="pt" if whole else "latent",
+    )
+    if whole:
+        return _to_uint8(output[0].permute(0, 2, 3, 1))
+    device = pipeline._execution_device
+    return decode_latents(pipeline.vae, output, pipeline.vae_scaling_factor_image, coder, device=device)
 
 
 @torch.no_grad()
 def generate_latents(
-    pipeline: CogVideoXPipeline,
+    pipeline: Pipeline,
     request: Request,
     embeddings: torch.Tensor,
     negative_embeddings: torch.Tensor,
     *,
     on_step: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
-    """Sampled latents [1, F, C, H, W], scaled, from embeddings [L, D]; needs transformer and scheduler only.
+    """Sampled latents [1, F, C, H, W], scaled, from embeddings [L, D].
 
-    `on_step` is called with each step's number after it.
+    Needs transformer and scheduler only, and for an image the autoencoder's encoder. `on_step` is called with each
+    step's number after it.
     """
 
     def call(_pipeline: Any, step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
@@ -198,43 +183,108 @@ def generate_latents(
 
     guided = request.guidance_scale > 1.0
     _start_steps(pipeline, request)
-    return pipeline(
-        prompt_embeds=embeddings[None],  # pyright: ignore[reportArgumentType]
-        negative_prompt_embeds=negative_embeddings[None] if guided else None,  # pyright: ignore[reportArgumentType]
+    return _call(
+        pipeline,
+        request,
+        prompt_embeds=embeddings[None],
+        negative_prompt_embeds=negative_embeddings[None] if guided else None,
         output_type="latent",
-        callback_on_step_end=call,  # pyright: ignore[reportArgumentType]  # annotated with other arguments than it gets
-        **_sampling_arguments(request),
-    ).frames  # pyright: ignore[reportAttributeAccessIssue]
+        callback_on_step_end=call,
+    )
 
 
 @torch.no_grad()
 def decode_latents(
-    vae: AutoencoderKLCogVideoX, latents: torch.Tensor, scaling_factor: float, coder: FrameCoder | None = None
+    vae: AutoencoderKLCogVideoX,
+    latents: torch.Tensor,
+    scaling_factor: float,
+    coder: FrameCoder | None = None,
+    *,
+    device: torch.device | None = None,
 ) -> np.ndarray:
-    """Latents [1, F, C, H, W] to uint8 RGB [F, H, W, 3]."""
-    unscaled = latents.to(vae.device, vae.dtype).transpose(1, 2) / scaling_factor
+    """Latents [1, F, C, H, W] to uint8 RGB [F, H, W, 3]; `device`: where an offloaded autoencoder runs."""
+    unscaled = latents.to(device or vae.device, vae.dtype).transpose(1, 2) / scaling_factor
     decoded = vae.decode(unscaled).sample if coder is None else coder.decode(unscaled)  # pyright: ignore[reportAttributeAccessIssue]
     video = decoded[0]  # [C, F, H, W]
     return _to_uint8((video.float() / 2 + 0.5).clamp(0, 1).permute(1, 2, 3, 0))
 
 
-def _start_steps(pipeline: CogVideoXPipeline, request: Request) -> None:
+def _start_steps(pipeline: Pipeline, request: Request) -> None:
     cache = find_step_cache(pipeline.transformer)
     if cache is not None:
-        cache.start(request.num_inference_steps)
+        cache.start(request.num_steps)
 
 
-def _sampling_arguments(request: Request) -> dict[str, Any]:
-    return {
-        "num_frames": request.num_frames,
+def _call(pipeline: Any, request: Request, **arguments: Any) -> torch.Tensor:
+    """The pipeline's frames [1, F, 3, H, W], or its latents without the padding of version 1.5, as asked for."""
+    # On the CPU: the same seed gives the same noise whatever the device.
+    generator = torch.Generator("cpu").manual_seed(request.seed)
+    arguments |= {
         "height": request.height,
         "width": request.width,
         "num_inference_steps": request.num_inference_steps,
         "guidance_scale": request.guidance_scale,
         "use_dynamic_cfg": request.dynamic_guidance,
-        # On the CPU: the same seed gives the same noise whatever the device.
-        "generator": torch.Generator("cpu").manual_seed(request.seed),
+        "generator": generator,
     }
+    num_latent_frames = (request.num_frames - 1) // pipeline.vae_scale_factor_temporal + 1
+    if request.video is not None:
+        arguments["strength"] = request.strength
+        latents = noise_video(pipeline, request, generator)
+        output = _call_with_latents(pipeline, latents, arguments)
+    else:
+        if request.image is not None:
+            try:
+                image = load_image(Path(request.image), request.height, request.width)
+            except ClipError as error:
+                raise UserError(f"image of {request.prompt!r}: {error}") from None
+            arguments["image"] = torch.from_numpy(image).permute(2, 0, 1)[None] / 255.0
+        output = pipeline(num_frames=request.num_frames, **arguments).frames
+    return output[:, -num_latent_frames:] if arguments["output_type"] == "latent" else output
+
+
+def _call_with_latents(pipeline: Any, latents: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+    # diffusers 0.42.1 takes the number of given latents for a number of frames, and refuses some that are fine.
+    factor, pipeline.vae_scale_factor_temporal = pipeline.vae_scale_factor_temporal, 1
+    try:
+        return pipeline(latents=latents, **arguments).frames
+    finally:
+        pipeline.vae_scale_factor_temporal = factor
+
+
+def _load_start(request: Request) -> np.ndarray:
+    assert request.video is not None and request.fps is not None
+    try:
+        return load_clip(
+            Path(request.video),
+            num_frames=request.num_frames,
+            height=request.height,
+            width=request.width,
+            fps=request.fps,
+        )
+    except ClipError as error:
+        raise UserError(f"--video: {error} (on this command line: --frames)") from None
+
+
+@torch.no_grad()
+def noise_video(pipeline: Any, request: Request, generator: torch.Generator) -> torch.Tensor:
+    """A video's latents [1, F, C, H, W] with the noise of the first step that runs, padded as the model needs.
+
+    As the released pipeline does it, with the same draws; in float32, and for version 1.5 at any length.
+    """
+    device, dtype = pipeline._execution_device, pipeline.vae.dtype
+    frames = torch.from_numpy(_load_start(request))
+    pixels = (frames.permute(3, 0, 1, 2)[None].float() / 127.5 - 1.0).to(device, dtype)
+    posterior = pipeline.vae.encode(pixels).latent_dist
+    latents = (posterior.sample(generator) * pipeline.vae_scaling_factor_image)[0].float()  # [C, F, H, W]
+    latents = pad_front(latents, -latents.shape[1] % (pipeline.transformer.config.patch_size_t or 1))
+    latents = latents.transpose(0, 1)[None]
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    pipeline.scheduler.set_timesteps(request.num_inference_steps, device=device)
+    timesteps, _ = pipeline.get_timesteps(
+        request.num_inference_steps, pipeline.scheduler.timesteps, request.strength, device
+    )
+    return pipeline.scheduler.add_noise(latents, noise, timesteps[:1]).to(dtype)
 
 
 def _to_uint8(video: torch.Tensor) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,9 +11,11 @@ from cogtune.acceleration import Offload, Quantization, Switch
 from cogtune.adapter import find_adapter_file
 from cogtune.cli import CommandParser
 from cogtune.errors import UserError
-from cogtune.generation import Request
 from cogtune.models import ModelFacts
 from cogtune.step_cache import CacheSettings, make_settings
+from cogtune.variants import VARIANTS
+from cogtune.video import ClipError, describe_fit, read_image_size, read_timeline
+from cogtune.video_request import Request
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,9 @@ class GenerationOptions:
     guidance: float
     dynamic_guidance: bool
     sampler: Literal["default", "ddim", "dpm"]
+    images: list[Path]
+    video: Path | None
+    strength: float | None
     frames: int | None
     height: int | None
     width: int | None
@@ -46,7 +52,8 @@ class GenerationOptions:
     @property
     def num_steps(self) -> int:
         """Sampling steps of all videos together."""
-        return self.steps * len(self.prompts) * len(self.seeds)
+        steps = self.steps if self.strength is None else int(self.steps * self.strength)
+        return steps * len(self.prompts) * len(self.seeds)
 
 
 def parse_adapter(text: str) -> tuple[Path, float]:
@@ -66,7 +73,7 @@ def parse_generation(description: str, argv: list[str] | None = None) -> Generat
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--model", required=True, help="hub name, pipeline folder, or tiny, cogvideox-2b, cogvideox-5b")
+    add("--model", required=True, help=f"hub name, pipeline folder, or {', '.join(VARIANTS)}")
     add("--prompt", action="append", default=[], help="what the video shows; may be repeated")
     add("--prompts-file", type=Path, help="a text file with one prompt a line")
     add("--seed", type=int, action="append", default=[], help="may be repeated; default 0")
@@ -77,6 +84,9 @@ def parse_generation(description: str, argv: list[str] | None = None) -> Generat
     add("--guidance", type=float, default=6.0, help="classifier-free guidance; 1: none")
     add("--dynamic-guidance", action="store_true", help="guidance that grows along the steps")
     add("--sampler", choices=["default", "ddim", "dpm"], default="default", help="default: the checkpoint's own")
+    add("--image", type=Path, action="append", default=[], help="first frame (image-to-video); one, or one a prompt")
+    add("--video", type=Path, help="start from this video (text-to-video models): frames by time, cut at the centre")
+    add("--strength", type=float, help="with --video: part of the steps that run; default 0.8, 1 keeps nothing of it")
     for name in ("frames", "height", "width"):
         add(f"--{name}", type=int, help="default: the model's own")
     add("--fps", type=float, help="frame rate of the file; default: the model's own")
@@ -105,6 +115,8 @@ def parse_generation(description: str, argv: list[str] | None = None) -> Generat
     if given.output.suffix.lower() != ".mp4":
         raise UserError(f"--output {given.output}: must end in .mp4")
     _check_cache(given)
+    if len(given.image) not in (0, 1, len(prompts)):
+        raise UserError(f"--image: {len(given.image)} for {len(prompts)} prompts; give one for all, or one for each")
     return GenerationOptions(
         model=given.model,
         prompts=prompts,
@@ -116,6 +128,9 @@ def parse_generation(description: str, argv: list[str] | None = None) -> Generat
         guidance=given.guidance,
         dynamic_guidance=given.dynamic_guidance,
         sampler=given.sampler,
+        images=given.image,
+        video=given.video,
+        strength=0.8 if given.video is not None and given.strength is None else given.strength,
         frames=given.frames,
         height=given.height,
         width=given.width,
@@ -153,9 +168,16 @@ def _check_cache(given: argparse.Namespace) -> None:
 
 
 def check_files(options: GenerationOptions) -> None:
-    """Raises `UserError` for a missing adapter or an unwritable output folder, before weights load and sampling."""
+    """Raises `UserError` for a missing adapter, an unreadable image or video, or an unwritable output folder."""
     for path, _ in options.lora:
         find_adapter_file(path)
+    try:
+        for image in options.images:
+            read_image_size(image)
+        if options.video is not None:
+            read_timeline(options.video)
+    except ClipError as error:
+        raise UserError(f"--{'image' if options.video is None else 'video'}: {error}") from None
     folder = options.output.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -188,10 +210,28 @@ def make_requests(options: GenerationOptions, facts: ModelFacts) -> list[Request
             options.steps,
             options.guidance,
             options.dynamic_guidance,
+            image=str(options.images[number % len(options.images)]) if options.images else None,
+            video=None if options.video is None else str(options.video),
+            fps=None if options.video is None else facts.fps,
+            strength=options.strength,
         )
-        for prompt in options.prompts
+        for number, prompt in enumerate(options.prompts)
         for seed in options.seeds
     ]
+
+
+def describe_inputs(requests: Sequence[Request]) -> list[str]:
+    """A line for each image or video of another shape or size than the video to be made."""
+    lines = {}
+    for request in requests:
+        if request.image is not None:
+            fit = describe_fit(read_image_size(Path(request.image)), request.height, request.width, most_cut=0.01)
+            lines[request.image] = fit
+        elif request.video is not None:
+            timeline = read_timeline(Path(request.video))
+            fit = describe_fit((timeline.width, timeline.height), request.height, request.width, most_cut=0.01)
+            lines[request.video] = fit
+    return [f"{name}: {fit}" for name, fit in lines.items() if fit]
 
 
 def output_path(options: GenerationOptions, number: int, seed: int) -> Path:

@@ -8,11 +8,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cogtune.cache import digest_bytes
-from cogtune.decoding import ClipDecoder, ClipFormat
+from cogtune.decoding import ClipDecoder
 from cogtune.encoding import find_cut_captions
-from cogtune.manifest import Clip
+from cogtune.manifest import Clip, ClipFormat
 from cogtune.models import ModelFacts
-from cogtune.video import read_timeline
+from cogtune.video import ClipError, describe_fit, load_image, read_image_size, read_timeline
 
 KINDS = ("usable", "too short", "unreadable", "wrong size", "duplicate content", "caption cut")
 _LISTED = 20
@@ -49,11 +49,16 @@ def inspect_clips(
     with ClipDecoder(clip_format, num_workers=num_workers, timeout_seconds=timeout_seconds) as decoder:
         for outcome in tqdm(decoder.decode(clips), "reading", total=len(clips), unit="clip"):
             clip = clips[outcome.index]
-            if outcome.problem is not None:
-                result.findings[outcome.problem.kind].append((clip.id, str(outcome.problem)))
+            problem = outcome.problem
+            try:
+                fits = [] if problem else _judge_size(clip, clip.form or clip_format, takes_image=facts.takes_image)
+            except ClipError as error:
+                problem, fits = error, []
+            if problem is not None:
+                result.findings[problem.kind].append((clip.id, str(problem)))
             else:
                 result.usable.append(clip.id)
-                result.findings["wrong size"] += [(clip.id, what) for what in _judge_size(clip.video, clip_format)]
+                result.findings["wrong size"] += [(clip.id, what) for what in fits]
     result.findings["duplicate content"] = _find_duplicates(clips)
     cut = find_cut_captions([clip.caption for clip in clips], facts)
     result.findings["caption cut"] = [
@@ -63,18 +68,14 @@ def inspect_clips(
     return result
 
 
-def _judge_size(path: Path, form: ClipFormat) -> list[str]:
-    timeline = read_timeline(path)
-    scale = max(form.height / timeline.height, form.width / timeline.width)
-    kept = (form.height * form.width) / (timeline.height * timeline.width * scale * scale)
-    size = f"{timeline.width}x{timeline.height}"
-    if scale > 1.0:
-        return [f"{size} is enlarged {scale:.2f} times to cover {form.width}x{form.height}"]
-    return (
-        [f"{size}: {100 * (1 - kept):.0f} % of the picture is cut off for {form.width}x{form.height}"]
-        if kept < 0.8
-        else []
-    )
+def _judge_size(clip: Clip, form: ClipFormat, *, takes_image: bool) -> list[str]:
+    timeline = read_timeline(clip.video)
+    found = [describe_fit((timeline.width, timeline.height), form.height, form.width)]
+    if clip.image is not None and takes_image:
+        load_image(clip.image, form.height, form.width)
+        fit = describe_fit(read_image_size(clip.image), form.height, form.width)
+        found.append(fit and f"image {clip.image.name}: {fit}")
+    return [what for what in found if what is not None]
 
 
 def _find_duplicates(clips: Sequence[Clip]) -> list[tuple[str, str]]:

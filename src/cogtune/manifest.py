@@ -2,7 +2,8 @@
 
     folder/  metadata.jsonl or metadata.csv (Hugging Face video folder), or prompts.txt + videos.txt,
              or videos with a .txt of the same name each
-    file     .jsonl or .csv with `video`, `caption` and optional `start`, `end` (seconds), `weight`, `prior`, `id`
+    file     .jsonl or .csv with `video`, `caption` and optional `start`, `end` (seconds), `weight`, `prior`, `id`,
+             `image`
 
 Videos are named relative to the manifest's folder and must stay inside it unless `data.allow_outside_root` is set.
 """
@@ -24,6 +25,20 @@ _CAPTION_COLUMNS = ("caption", "text", "prompt")
 
 
 @dataclass(frozen=True)
+class ClipFormat:
+    """What a training clip looks like: frames, pixels, frames a second."""
+
+    num_frames: int
+    height: int
+    width: int
+    fps: float
+
+    def describe(self) -> str:
+        """As it is written in `data.buckets`: frames x height x width."""
+        return f"{self.num_frames}x{self.height}x{self.width}"
+
+
+@dataclass(frozen=True)
 class Clip:
     """One row of a manifest: a video or a part of it, and what it shows."""
 
@@ -38,6 +53,10 @@ class Clip:
     """How often an epoch takes it."""
     prior: bool = False
     """Shows what the base model can do already and is to keep (prior preservation, arXiv:2208.12242)."""
+    image: Path | None = None
+    """What an image-to-video model starts from; None: the clip's first frame."""
+    form: ClipFormat | None = None
+    """The bucket that it belongs to; None: the run's one format."""
 
 
 def read_manifest(manifest: Path, *, id_token: str | None = None, allow_outside_root: bool = False) -> list[Clip]:
@@ -181,7 +200,9 @@ def _make_clip(row: dict[str, Any], root: Path, id_token: str | None, allow_outs
     if id_token:
         caption = f"{id_token.strip()} {caption}"
     identity = str(row.get("id", name if "start" not in row and "end" not in row else f"{name}@{start:g}"))
-    return Clip(identity, video, caption, start, end, weight, _flag(row, "prior"))
+    return Clip(
+        identity, video, caption, start, end, weight, _flag(row, "prior"), _find_image(row, root, allow_outside_root)
+    )
 
 
 def _flag(row: dict[str, Any], key: str) -> bool:
@@ -190,6 +211,20 @@ def _flag(row: dict[str, Any], key: str) -> bool:
     if written is None:
         raise ValueError(f"{key}={value!r}; expected true or false")
     return written
+
+
+def _find_image(row: dict[str, Any], root: Path, allow_outside_root: bool) -> Path | None:
+    name = row.get("image")
+    if name is None or (isinstance(name, str) and not name.strip()):
+        return None
+    if not isinstance(name, str):
+        raise ValueError(f"image is {name!r}; expected a path relative to {root}, or nothing")
+    image = root / name.strip()
+    if not allow_outside_root and not image.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"image {name}: leads out of {root}; move the file there, or set data.allow_outside_root")
+    if image.suffix.lower() not in IMAGE_SUFFIXES:
+        raise ValueError(f"image {name}: expected one of {', '.join(sorted(IMAGE_SUFFIXES))}")
+    return image
 
 
 def _number(row: dict[str, Any], key: str, default: float | None) -> float | None:

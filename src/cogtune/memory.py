@@ -34,6 +34,10 @@ Fitted, with the workspace, to peaks on an H100 with compiled blocks, rank 64, b
 17.74 GiB (recompute) and 21.54 (keep_attention), 2B in float16 7.19 (recompute) and 31.7 (keep_all). All four come out
 within 3 %. Blocks that are not compiled keep more.
 """
+ENCODER_UNITS = 10.0
+"""Tensors of an image's full size alive at once in the encoder: a convolution's input three frames deep, its output,
+the residual, the norm's float32 copy. Counted, not measured yet; it stays far below a step's own peak."""
+ENCODER_CHANNELS = 128
 ACTIVATIONS_FAST_TO_SLOW: tuple[Activations, ...] = ("keep_all", "keep_products", "keep_attention", "recompute")
 
 
@@ -74,19 +78,25 @@ def predict(
     batch_size: int,
     dtype: torch.dtype,
     num_float8: int = 0,
+    num_encoder: int = 0,
+    image_pixels: int = 0,
 ) -> MemoryPlan:
     """The plan for a transformer of `num_parameters` frozen and `num_trainable` trained ones.
 
     `num_float8` of the frozen ones are kept twice in float8, once for each direction, instead of once in `dtype`.
+    `num_encoder`: parameters of the autoencoder's encoder, which encodes images of `image_pixels` before the forward
+    pass, when nothing else is kept yet (image-to-video).
     """
     size = torch.finfo(dtype).bits // 8
     unit = batch_size * tokens * facts.num_heads * facts.head_dim * size
+    kept = int(KEPT_UNITS[activations] * facts.num_layers * unit)
+    encoding = int(ENCODER_UNITS * batch_size * image_pixels * ENCODER_CHANNELS * size) if num_encoder else 0
     return MemoryPlan(
         activations=activations,
-        weights=(num_parameters - num_float8) * size + num_float8 * 2,
+        weights=(num_parameters - num_float8 + num_encoder) * size + num_float8 * 2,
         trainable=num_trainable * 16,  # weight, gradient and two moments, 4 bytes each
-        kept=int(KEPT_UNITS[activations] * facts.num_layers * unit),
-        workspace=int(WORKSPACE_UNITS * unit),
+        kept=kept,
+        workspace=max(int(WORKSPACE_UNITS * unit), encoding - kept),
     )
 
 

@@ -4,13 +4,15 @@ import re
 from pathlib import Path
 
 from cogtune.config import RunConfig
-from cogtune.models import VARIANTS, ModelFacts
+from cogtune.manifest import ClipFormat
+from cogtune.models import ModelFacts
+from cogtune.variants import VARIANTS
 
 _ADAPTER_CARD = """---
 {base_line}library_name: diffusers
 license: other
-pipeline_tag: text-to-video
-tags: [cogvideox, lora, text-to-video, cogtune]
+pipeline_tag: {task}
+tags: [cogvideox, lora, {task}, cogtune]
 {instance_prompt}---
 
 # {title}
@@ -30,11 +32,11 @@ A LoRA adapter for {base}, trained with cogtune on {num_clips} clip(s) of {num_f
 
 ```python
 import torch
-from diffusers import CogVideoXPipeline
-
-pipeline = CogVideoXPipeline.from_pretrained("{base}", torch_dtype=torch.{use_dtype}).to("cuda")
+from diffusers import {pipeline}
+{loading}
+pipeline = {pipeline}.from_pretrained("{base}", torch_dtype=torch.{use_dtype}).to("cuda")
 pipeline.load_lora_weights("PATH_OF_THIS_FOLDER")  # the file holds rank and alpha: this is the trained strength
-video = pipeline("{example}", num_frames={num_frames}, height={height}, width={width}).frames[0]
+video = pipeline({image}prompt="{example}", num_frames={num_frames}, height={height}, width={width}{length}).frames[0]
 ```
 """
 
@@ -42,8 +44,8 @@ video = pipeline("{example}", num_frames={num_frames}, height={height}, width={w
 _MODEL_CARD = """---
 {base_line}library_name: diffusers
 license: other
-pipeline_tag: text-to-video
-tags: [cogvideox, text-to-video, cogtune]
+pipeline_tag: {task}
+tags: [cogvideox, {task}, cogtune]
 ---
 
 # {title}
@@ -52,9 +54,9 @@ tags: [cogvideox, text-to-video, cogtune]
 learning rate {learning_rate:g} ({schedule}).{average}
 
 ```python
-from diffusers import CogVideoXPipeline
+from diffusers import {pipeline}
 
-pipeline = CogVideoXPipeline.from_pretrained("PATH_OF_THIS_FOLDER")
+pipeline = {pipeline}.from_pretrained("PATH_OF_THIS_FOLDER")
 ```
 """
 
@@ -120,11 +122,20 @@ def make_model_card(config: RunConfig, facts: ModelFacts, *, num_clips: int, glo
         batch=global_batch,
         learning_rate=config.optimizer.learning_rate,
         schedule=config.schedule.name,
+        **_name_task(facts),
         average=f" The weights are an average with decay {decay:g}." if decay else "",
     )
 
 
-def make_adapter_card(config: RunConfig, facts: ModelFacts, *, num_clips: int, global_batch: int, dtype: str) -> str:
+def _name_task(facts: ModelFacts) -> dict[str, str]:
+    if facts.takes_image:
+        return {"task": "image-to-video", "pipeline": "CogVideoXImageToVideoPipeline"}
+    return {"task": "text-to-video", "pipeline": "CogVideoXPipeline"}
+
+
+def make_adapter_card(
+    config: RunConfig, facts: ModelFacts, clip_format: ClipFormat, *, num_clips: int, global_batch: int, dtype: str
+) -> str:
     """README.md of an adapter folder."""
     adapter, token = config.adapter, config.data.id_token
     row = VARIANTS.get(facts.variant)
@@ -136,10 +147,11 @@ def make_adapter_card(config: RunConfig, facts: ModelFacts, *, num_clips: int, g
         instance_prompt=f'instance_prompt: "{token}"\n' if token else "",
         title=config.output_dir.name,
         num_clips=num_clips,
-        num_frames=config.data.num_frames or facts.num_frames,
-        width=config.data.width or facts.width,
-        height=config.data.height or facts.height,
-        fps=config.data.fps or facts.fps,
+        num_frames=clip_format.num_frames,
+        width=clip_format.width,
+        height=clip_format.height,
+        fps=clip_format.fps,
+        length="" if facts.max_text_length == 226 else f", max_sequence_length={facts.max_text_length}",
         rank=adapter.rank,
         alpha=adapter.alpha if adapter.alpha is not None else adapter.rank,
         kind=f" ({', '.join(names)})" if names else "",
@@ -150,6 +162,9 @@ def make_adapter_card(config: RunConfig, facts: ModelFacts, *, num_clips: int, g
         batch=global_batch,
         dtype=f"{dtype} (its products in float8)" if config.train.float8_base else dtype,
         use_dtype=dtype,
+        **_name_task(facts),
+        loading="from diffusers.utils import load_image\n" if facts.takes_image else "",
+        image='image=load_image("..."), ' if facts.takes_image else "",
         trigger=f"\nPut `{token}` into the prompt: it stood before every training caption.\n" if token else "",
         example=f"{token} ..." if token else "...",
     )

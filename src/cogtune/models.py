@@ -1,8 +1,8 @@
-"""The CogVideoX variants and what a pipeline folder says of itself.
+"""What a pipeline folder says of itself, and its components.
 
-One table holds what no file says (hub name, precision, native length, size and frame rate, whether other sizes are
-supported). Everything else (layers, scaling factor, SNR shift, kind of positions, token length) is read from the
-folder's own configs, so any CogVideoX-shaped pipeline folder works, also one of other sizes.
+A table (`cogtune.variants`) holds what no file says (hub name, precision, native length, size and frame rate, which
+other sizes are supported). Everything else (layers, scaling factor, SNR shift, kind of positions, token length) is read
+from the folder's own configs, so any CogVideoX-shaped pipeline folder works, also one of other sizes.
 """
 
 import json
@@ -15,69 +15,12 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXD
 
 from cogtune.errors import UserError
 from cogtune.frame_convolution import use_frame_convolutions
+from cogtune.variants import VARIANTS, SizeRule
 
 COMPONENTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
 EMBEDDED = Path(__file__).parent / "embedded"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Scheduler = CogVideoXDDIMScheduler | CogVideoXDPMScheduler
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A released model: the facts that its files don't hold. A new variant is a new row of `VARIANTS`."""
-
-    hub_name: str | None
-    """Repository on the Hugging Face hub; None for a model that ships inside the package."""
-    dtype: torch.dtype
-    """The precision it was trained in and is fine-tuned in on a GPU."""
-    num_frames: int
-    height: int
-    width: int
-    fps: float
-    fixed_size: bool
-    """True: the model card supports this one length and size only."""
-    signature: dict[str, Any]
-    """The transformer config entries that tell this variant from the others."""
-
-
-VARIANTS = {
-    "cogvideox-2b": Variant(
-        "zai-org/CogVideoX-2b",
-        torch.float16,
-        49,
-        480,
-        720,
-        8.0,
-        True,
-        {"num_layers": 30, "num_attention_heads": 30, "use_rotary_positional_embeddings": False, "in_channels": 16},
-    ),
-    "cogvideox-5b": Variant(
-        "zai-org/CogVideoX-5b",
-        torch.bfloat16,
-        49,
-        480,
-        720,
-        8.0,
-        True,
-        {
-            "num_layers": 42,
-            "num_attention_heads": 48,
-            "use_rotary_positional_embeddings": True,
-            "in_channels": 16,
-            "patch_size_t": None,
-        },
-    ),
-    "tiny": Variant(
-        None,
-        torch.float32,
-        17,
-        64,
-        96,
-        8.0,
-        False,
-        {"num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 48},
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -104,9 +47,19 @@ class ModelFacts:
     temporal_factor: int
     scaling_factor: float
     use_rotary: bool
+    learned_positions: bool
+    """Its positions are a learned table of one length and size."""
+    takes_image: bool
+    """Image-to-video: half of the transformer's input channels are the latents of a first frame."""
+    takes_ofs: bool
+    """It has an embedding of the frame offset (1.5, image-to-video)."""
+    image_latent_scale: float
+    """What an image's latents are multiplied by; for 1.5 that is 1 / scaling_factor, as diffusers samples."""
+    size_rule: SizeRule | None
     max_text_length: int
     text_dim: int
     transformer_config: dict[str, Any]
+    vae_config: dict[str, Any]
     scheduler_config: dict[str, Any]
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
@@ -114,10 +67,14 @@ class ModelFacts:
         frames = (num_frames - 1) // self.temporal_factor + 1
         return frames, self.latent_channels, height // self.spatial_factor, width // self.spatial_factor
 
+    def num_padding(self, num_latent_frames: int) -> int:
+        """Latent frames to put before the first one, so that all divide into patches of `patch_size_t`."""
+        return -num_latent_frames % (self.patch_size_t or 1)
+
     def num_tokens(self, num_frames: int, height: int, width: int) -> int:
         """Length of the transformer's sequence for one sample: text and video tokens."""
         frames, _, rows, columns = self.latent_shape(num_frames, height, width)
-        frames = -(-frames // (self.patch_size_t or 1))
+        frames = (frames + self.num_padding(frames)) // (self.patch_size_t or 1)
         return self.max_text_length + frames * (rows // self.patch_size) * (columns // self.patch_size)
 
 
@@ -184,7 +141,13 @@ def read_facts(folder: Path) -> ModelFacts:
             f"{folder}: the text encoder is {text_encoder.get('d_model')} wide, the transformer expects {text_dim}; "
             "the components come from different models"
         )
-    return make_facts(folder, transformer, vae, scheduler)
+    facts = make_facts(folder, transformer, vae, scheduler)
+    if facts.in_channels != facts.latent_channels and not facts.takes_image:
+        raise UserError(
+            f"{folder}: the transformer takes {facts.in_channels} channels, the VAE makes {facts.latent_channels}; "
+            "only text-to-video models (as many) and image-to-video models (twice as many) are supported"
+        )
+    return facts
 
 
 def make_facts(folder: Path, transformer: dict[str, Any], vae: dict[str, Any], scheduler: dict[str, Any]) -> ModelFacts:
@@ -194,6 +157,8 @@ def make_facts(folder: Path, transformer: dict[str, Any], vae: dict[str, Any], s
     rotary = bool(transformer.get("use_rotary_positional_embeddings", False))
     spatial = 2 ** (len(vae["block_out_channels"]) - 1)
     patch_size_t = transformer.get("patch_size_t")
+    latent_channels = vae.get("latent_channels", 16)
+    scaling_factor = float(vae.get("scaling_factor", 1.15258426))
     return ModelFacts(
         folder=folder,
         variant=name,
@@ -207,16 +172,22 @@ def make_facts(folder: Path, transformer: dict[str, Any], vae: dict[str, Any], s
         num_heads=transformer["num_attention_heads"],
         head_dim=transformer["attention_head_dim"],
         in_channels=transformer["in_channels"],
-        latent_channels=vae.get("latent_channels", 16),
+        latent_channels=latent_channels,
         patch_size=transformer.get("patch_size", 2),
         patch_size_t=patch_size_t,
         spatial_factor=spatial,
         temporal_factor=int(vae.get("temporal_compression_ratio", 4)),
-        scaling_factor=float(vae.get("scaling_factor", 1.15258426)),
+        scaling_factor=scaling_factor,
         use_rotary=rotary,
+        learned_positions=bool(transformer.get("use_learned_positional_embeddings", False)),
+        takes_image=transformer["in_channels"] == 2 * latent_channels,
+        takes_ofs=transformer.get("ofs_embed_dim") is not None,
+        image_latent_scale=1.0 / scaling_factor if vae.get("invert_scale_latents") else scaling_factor,
+        size_rule=row.size_rule if row else None,
         max_text_length=transformer.get("max_text_seq_length", 226),
         text_dim=transformer.get("text_embed_dim", 4096),
         transformer_config=transformer,
+        vae_config=vae,
         scheduler_config=scheduler,
     )
 
@@ -260,15 +231,23 @@ def _check_weights(folder: Path) -> None:
             if not (folder / shard).is_file():
                 raise UserError(f"{folder}: {shard} is missing; the download or copy of the model is incomplete")
     for path in folder.glob("*.safetensors"):
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            try:
-                header: dict[str, Any] = json.loads(file.read(length)) if length < 1 << 28 else {}
-                end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-            except (ValueError, TypeError, KeyError, AttributeError):
-                end = None
-        if end is None or 8 + length + end != path.stat().st_size:
-            raise UserError(f"{path}: truncated or damaged; download or copy it again")
+        _read_shapes(path)
+
+
+def _read_shapes(path: Path) -> dict[str, list[int]]:
+    """Shapes of a safetensors file's tensors by name, from its header; raises `UserError` where it is not whole."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header: dict[str, Any] = json.loads(file.read(length)) if length < 1 << 28 else {}
+            header.pop("__metadata__", None)
+            end = max(entry["data_offsets"][1] for entry in header.values())
+            shapes = {name: entry["shape"] for name, entry in header.items()}
+        except (ValueError, TypeError, KeyError, AttributeError):
+            end, shapes = None, {}
+    if end is None or 8 + length + end != path.stat().st_size:
+        raise UserError(f"{path}: truncated or damaged; download or copy it again")
+    return shapes
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -286,6 +265,27 @@ def make_meta_transformer(facts: ModelFacts) -> CogVideoXTransformer3DModel:
         model = CogVideoXTransformer3DModel.from_config(facts.transformer_config)
     assert isinstance(model, CogVideoXTransformer3DModel)
     return model
+
+
+def check_transformer_weights(facts: ModelFacts, meta: CogVideoXTransformer3DModel) -> None:
+    """Raises `UserError` where a tensor in the folder has another shape than its config says: another variant's."""
+    expected = {name: list(tensor.shape) for name, tensor in meta.state_dict().items()}
+    for path in sorted((facts.folder / "transformer").glob("*.safetensors")):
+        for name, shape in _read_shapes(path).items():
+            if expected.get(name, shape) != shape:
+                raise UserError(
+                    f"{path}: {name} is {shape}, the config beside it says {expected[name]}: weights of another "
+                    "variant (layers, image-to-video or not, version 1.0 or 1.5); copy both from one model"
+                )
+
+
+def count_image_encoder(facts: ModelFacts) -> int:
+    """Parameters of the autoencoder's encoder, which image-to-video training keeps on the device; else 0."""
+    if not facts.takes_image:
+        return 0
+    with torch.device("meta"):
+        vae = AutoencoderKLCogVideoX.from_config(facts.vae_config)
+    return sum(p.numel() for p in vae.encoder.parameters())  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -309,6 +309,7 @@ def choose_dtype(wanted: str, facts: ModelFacts, device: torch.device) -> torch.
 
 def load_transformer(facts: ModelFacts, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
     """The denoiser on the CPU, frozen, in evaluation mode."""
+    check_transformer_weights(facts, make_meta_transformer(facts))
     model = CogVideoXTransformer3DModel.from_pretrained(
         facts.folder / "transformer", torch_dtype=dtype, use_safetensors=True
     )

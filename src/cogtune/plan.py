@@ -1,6 +1,8 @@
 """The resolved plan of a run: everything that can be known and checked before a weight is loaded."""
 
+import math
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,16 +12,20 @@ from diffusers import CogVideoXTransformer3DModel
 from cogtune import models
 from cogtune.adapter import count_adapter_parameters
 from cogtune.attention_backends import check_backend
+from cogtune.buckets import assign_formats, make_formats
 from cogtune.cache import Cache
 from cogtune.config import RunConfig
-from cogtune.decoding import ClipFormat, default_workers
+from cogtune.decoding import default_workers
 from cogtune.errors import UserError
 from cogtune.float8 import check_float8_device
 from cogtune.frozen import count_float8_parameters
-from cogtune.generation import check_size
-from cogtune.manifest import Clip, read_manifest, split_validation
+from cogtune.manifest import Clip, ClipFormat, read_manifest, split_validation
 from cogtune.memory import ACTIVATIONS_FAST_TO_SLOW, GIB, MemoryPlan, choose_activations, free_device_bytes, predict
 from cogtune.models import ModelFacts
+from cogtune.video import ClipError, read_image_size
+
+IMAGE_DROPOUT = 0.05
+"""What the released image-to-video models were trained with (SAT `noised_image_dropout`)."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +37,31 @@ class DataPlan:
     device: torch.device
     dtype: torch.dtype
     clip_format: ClipFormat
+    """Of clips without a bucket, and of validation's videos: of the bucket with the most clips."""
     train_clips: list[Clip]
     validation_clips: list[Clip]
     num_workers: int
+
+    @property
+    def formats(self) -> dict[ClipFormat, int]:
+        """The formats in use, with their number of clips to train on."""
+        counts = Counter(clip.form or self.clip_format for clip in self.train_clips)
+        return {form: counts[form] for form in sorted(counts, key=ClipFormat.describe)}
+
+    @property
+    def image_dropout(self) -> float:
+        """Part of the samples that train without their image."""
+        wanted = self.config.train.image_dropout
+        return IMAGE_DROPOUT if wanted is None else wanted
+
+    def describe_formats(self) -> str:
+        """Frames, size and rate, for each bucket."""
+        rows = [
+            f"{form.num_frames} frames of {form.width}x{form.height} at {form.fps:g} fps"
+            + (f": {count} clip(s)" if len(self.formats) > 1 else "")
+            for form, count in self.formats.items()
+        ]
+        return ("\n" + 12 * " ").join(rows)
 
     def make_cache(self) -> Cache:
         """The run's cache, checked to be writable."""
@@ -85,7 +113,7 @@ class TrainingPlan(DataPlan):
 
     def describe(self) -> str:
         """The plan for a person, one fact a line."""
-        config, form, facts = self.config, self.clip_format, self.facts
+        config, facts = self.config, self.facts
         samples = config.train.max_steps * self.global_batch
         epoch = sum(clip.weight for clip in self.train_clips)
         free = "unknown" if self.free_bytes is None else f"{self.free_bytes / GIB:.1f} GiB"
@@ -95,8 +123,8 @@ class TrainingPlan(DataPlan):
             "parameters": f"{self.num_parameters:,} frozen, {self.num_trainable:,} trained "
             f"({100 * self.num_trainable / (self.num_parameters or self.num_trainable):.2f} %)",
             "clips": f"{len(self.train_clips)} to train on, {len(self.validation_clips)} held out",
-            "format": f"{form.num_frames} frames of {form.width}x{form.height} at {form.fps:g} fps",
-            "tokens": f"{self.tokens:,} a sample",
+            "format": self.describe_formats(),
+            "tokens": f"{self.tokens:,} a sample" + (" at most" if len(self.formats) > 1 else ""),
             "batch": f"{config.train.batch_size} x {config.train.gradient_accumulation_steps} accumulated x "
             f"{self.world_size} process(es) = {self.global_batch} samples a step",
             "steps": f"{config.train.max_steps:,} = {samples:,} samples = {samples / epoch:.1f} epochs",
@@ -107,9 +135,28 @@ class TrainingPlan(DataPlan):
         if num_prior := sum(clip.prior for clip in self.train_clips):
             target = "the base model's predictions" if self.hold_prior else "themselves"
             rows["prior"] = f"{num_prior} of the clips, trained towards {target}"
+        if rare := self._describe_rare_formats(samples / epoch):
+            rows["rare"] = rare
+        if facts.takes_image:
+            given = sum(clip.image is not None for clip in self.train_clips)
+            rows["image"] = (
+                f"the first frame, or the manifest's image ({given} clip(s)); noise on its pixels, "
+                f"dropped for {100 * self.image_dropout:g} %"
+            )
         if self.num_float8:
             rows["float8"] = f"products with {self.num_float8:,} of the frozen parameters"
         return "\n".join(f"{name:<11} {value}" for name, value in rows.items())
+
+    def _describe_rare_formats(self, num_epochs: float) -> str:
+        """Formats whose clips don't fill a step in every epoch: when they first do, so that none is left out unsaid."""
+        lines = []
+        for form in self.formats if len(self.formats) > 1 else ():
+            weight = sum(clip.weight for clip in self.train_clips if clip.form == form)
+            if 0 < weight < self.global_batch:
+                first = math.ceil(self.global_batch / weight)
+                when = f"first in epoch {first}" if first <= num_epochs else "never in this run; lower the batch"
+                lines.append(f"{form.describe()} fills a step of {self.global_batch} {when}")
+        return ("\n" + 12 * " ").join(lines)
 
 
 def make_data_plan(config: RunConfig) -> DataPlan:
@@ -119,15 +166,8 @@ def make_data_plan(config: RunConfig) -> DataPlan:
         raise UserError("data.manifest is not set; give a folder of clips with captions, a .jsonl or a .csv file")
     device = models.choose_device(config.model.device)
     facts = models.read_facts(models.find_folder(config.model.path))
-    if facts.patch_size_t is not None or facts.in_channels != facts.latent_channels:
-        raise UserError(f"model.path={config.model.path}: only text-to-video models of version 1.0 are supported")
-    form = ClipFormat(
-        data.num_frames or facts.num_frames,
-        data.height or facts.height,
-        data.width or facts.width,
-        data.fps or facts.fps,
-    )
-    check_size(facts, form.num_frames, form.height, form.width, allow_unsupported_size=data.allow_unsupported_size)
+    _check_images(config, facts)
+    formats = make_formats(data, facts)
 
     def read(manifest: Path) -> list[Clip]:
         return read_manifest(manifest, id_token=data.id_token, allow_outside_root=data.allow_outside_root)
@@ -137,6 +177,7 @@ def make_data_plan(config: RunConfig) -> DataPlan:
         train, validation = clips, read(data.validation_manifest)
     else:
         train, validation = split_validation(clips, data.validation_clips, config.train.seed)
+    train, validation = assign_formats(train, formats), assign_formats(validation, formats)
     if not any(clip.weight for clip in train):
         raise UserError(f"data.manifest={data.manifest}: every clip has weight 0; give at least one a weight above it")
     return DataPlan(
@@ -144,21 +185,43 @@ def make_data_plan(config: RunConfig) -> DataPlan:
         facts=facts,
         device=device,
         dtype=models.choose_dtype(config.model.dtype, facts, device),
-        clip_format=form,
+        clip_format=Counter(clip.form or formats[0] for clip in train).most_common(1)[0][0],
         train_clips=train,
         validation_clips=validation,
         num_workers=default_workers() if data.num_workers is None else data.num_workers,
     )
 
 
+def _check_images(config: RunConfig, facts: ModelFacts) -> None:
+    """Settings about images fit the model, and every prompt has its image."""
+    prompts, images = config.validation.prompts, config.validation.images or []
+    if not facts.takes_image:
+        for name, value in (("train.image_dropout", config.train.image_dropout), ("validation.images", images or None)):
+            if value is not None:
+                raise UserError(f"{name}: {facts.variant} is a text-to-video model and takes no image; remove it")
+        return
+    if config.validation.enabled and len(images) != len(prompts):
+        raise UserError(
+            f"validation.images: {len(images)} for {len(prompts)} prompt(s); an image-to-video model needs the first "
+            "frame of each, in the same order: --validation.images=FILE, repeated"
+        )
+    for image in images:
+        try:
+            read_image_size(image)
+        except ClipError as error:
+            raise UserError(f"validation.images: {error}; give a readable image") from None
+
+
 def _refuse_missing_files(clips: list[Clip], config: RunConfig) -> None:
     """With `data.bad_clips=skip` they are left out later, like clips that don't decode."""
-    missing = [clip for clip in clips if not clip.video.is_file()]
+    files = [(clip, file) for clip in clips for file in (clip.video, clip.image) if file is not None]
+    missing = [(clip, file) for clip, file in files if not file.is_file()]
     if missing and config.data.bad_clips == "error":
-        lines = [f"{clip.id}: {clip.video} does not exist" for clip in missing[:20]]
+        lines = [f"{clip.id}: {file} does not exist" for clip, file in missing[:20]]
         listed = "\n       ".join(lines)
         raise UserError(
-            f"{len(missing)} clip(s) have no file:\n       {listed}\n       correct the manifest or remove the rows, "
+            f"{len({clip for clip, _ in missing})} clip(s) have no file:\n       {listed}\n"
+            "       correct the manifest or remove the rows, "
             "or set data.bad_clips=skip to train without them"
         )
 
@@ -166,10 +229,16 @@ def _refuse_missing_files(clips: list[Clip], config: RunConfig) -> None:
 def make_adapter_plan(config: RunConfig) -> TrainingPlan:
     """The plan of a LoRA run; raises `UserError` for anything that can be known to fail."""
     data = make_data_plan(config)
-    meta = models.make_meta_transformer(data.facts)
+    meta = _make_meta(data.facts)
     num_trainable = count_adapter_parameters(meta, config.adapter)
     num_float8 = _plan_float8(data, meta) if config.train.float8_base else 0
     return _add_training(data, sum(p.numel() for p in meta.parameters()), num_trainable, num_float8)
+
+
+def _make_meta(facts: ModelFacts) -> CogVideoXTransformer3DModel:
+    meta = models.make_meta_transformer(facts)
+    models.check_transformer_weights(facts, meta)
+    return meta
 
 
 def _plan_float8(data: DataPlan, meta: CogVideoXTransformer3DModel) -> int:
@@ -203,7 +272,7 @@ def make_full_plan(config: RunConfig) -> TrainingPlan:
                 "train/lora.py"
             )
     data = make_data_plan(config)
-    num_parameters = sum(p.numel() for p in models.make_meta_transformer(data.facts).parameters())
+    num_parameters = sum(p.numel() for p in _make_meta(data.facts).parameters())
     return _add_training(data, 0, num_parameters, 0)
 
 
@@ -214,6 +283,8 @@ def _check_cuda_graph(data: DataPlan) -> None:
         "it needs one process": int(os.environ.get("WORLD_SIZE", "1")) > 1,
         "train.gradient_accumulation_steps must be 1": config.train.gradient_accumulation_steps > 1,
         "adapter.dropout must be 0": config.adapter.dropout > 0,
+        "a graph holds one shape; remove data.buckets": len(data.formats) > 1,
+        "image-to-video encodes an image in every step": data.facts.takes_image,
         "float16's loss scale changes between steps; use bfloat16 or float32": data.dtype == torch.float16,
     }
     wrong = [reason for reason, holds in reasons.items() if holds]
@@ -222,7 +293,7 @@ def _check_cuda_graph(data: DataPlan) -> None:
 
 
 def _add_training(data: DataPlan, num_parameters: int, num_trainable: int, num_float8: int) -> TrainingPlan:
-    config, form = data.config, data.clip_format
+    config = data.config
     _refuse_missing_files([*data.train_clips, *data.validation_clips], config)
     _check_cuda_graph(data)
     check_backend(
@@ -232,7 +303,9 @@ def _add_training(data: DataPlan, num_parameters: int, num_trainable: int, num_f
         dtype=data.dtype,
         device=data.device,
     )
-    tokens = data.facts.num_tokens(form.num_frames, form.height, form.width)
+    tokens = max(data.facts.num_tokens(form.num_frames, form.height, form.width) for form in data.formats)
+    num_encoder = models.count_image_encoder(data.facts)
+    image_pixels = max(form.height * form.width for form in data.formats)
     plans = [
         predict(
             data.facts,
@@ -243,6 +316,8 @@ def _add_training(data: DataPlan, num_parameters: int, num_trainable: int, num_f
             batch_size=config.train.batch_size,
             dtype=data.dtype,
             num_float8=num_float8,
+            num_encoder=num_encoder,
+            image_pixels=image_pixels,
         )
         for activations in ACTIVATIONS_FAST_TO_SLOW
     ]

@@ -13,7 +13,7 @@ from cogtune.errors import UserError
 from cogtune.manifest import Clip
 from cogtune.memory import GIB
 from cogtune.plan import DataPlan
-from cogtune.video import ClipError
+from cogtune.video import ClipError, describe_fit, read_image_size
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,13 @@ class EncodedData:
     validation: list[Entry]
 
     def digest(self) -> str:
-        """Identity of the training clips, captions, weights and what is prior, in order."""
-        rows = [[e.clip.id, e.latents_key, e.text_key, e.clip.weight] + ["prior"] * e.clip.prior for e in self.train]
+        """Identity of the training clips, captions, weights, what is prior and images, in order."""
+        rows = [
+            [e.clip.id, e.latents_key, e.text_key, e.clip.weight]
+            + ["prior"] * e.clip.prior
+            + ([e.image_key] if e.image_key else [])
+            for e in self.train
+        ]
         return make_key(entries=rows)
 
 
@@ -51,11 +56,13 @@ def _encode_data(plan: DataPlan, accelerator: Accelerator) -> EncodedData:
     quiet = not accelerator.is_main_process
     share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
     clips = [*plan.train_clips, *plan.validation_clips]
-    absent = [clip for clip in clips if not clip.video.is_file()]  # only where data.bad_clips is skip
+    # Only where data.bad_clips is skip.
+    absent = {clip: file for clip in clips for file in (clip.video, clip.image) if file and not file.is_file()}
     clips = [clip for clip in clips if clip not in absent]
     keys = CacheKeys(cache, plan.facts, plan.clip_format, plan.dtype)
     before = cache.size_bytes()
-    problems = [f"{clip.id}: {clip.video} does not exist" for clip in absent] if accelerator.is_main_process else []
+    problems = [f"{clip.id}: {file} does not exist" for clip, file in absent.items()]
+    problems = problems if accelerator.is_main_process else []
 
     def note_problem(clip: Clip, problem: ClipError) -> None:
         problems.append(f"{clip.id}: {problem}")
@@ -76,8 +83,8 @@ def _encode_data(plan: DataPlan, accelerator: Accelerator) -> EncodedData:
         quiet=quiet,
     )
     _judge_problems(gather_object(problems), plan, accelerator)
-    entries = {clip: Entry(clip, keys.latents(clip), keys.text(clip.caption)) for clip in clips}
-    usable = {clip for clip in clips if cache.has("latents", entries[clip].latents_key)}
+    entries = {clip: Entry(clip, keys.latents(clip), keys.text(clip.caption), keys.image(clip)) for clip in clips}
+    usable = {clip for clip, entry in entries.items() if _is_cached(cache, entry)}
     captions = [clip.caption for clip in clips if clip in usable] + plan.extra_texts()
     encode_captions(
         captions, keys, cache, plan.facts, device=accelerator.device, dtype=plan.dtype, share=share, quiet=quiet
@@ -87,6 +94,8 @@ def _encode_data(plan: DataPlan, accelerator: Accelerator) -> EncodedData:
     if cut:
         length = plan.facts.max_text_length
         accelerator.print(f"{len(cut)} text(s) are longer than {length} tokens and lose their end (see data/check.py)")
+    if accelerator.is_main_process:
+        _describe_cropped_images(usable, plan)
     train = [entries[clip] for clip in plan.train_clips if clip in usable]
     if not train:
         raise UserError(f"data.manifest={data.manifest}: no usable clip; run data/check.py on it")
@@ -95,6 +104,27 @@ def _encode_data(plan: DataPlan, accelerator: Accelerator) -> EncodedData:
         f"{cache.size_bytes() / GIB:.2f} GiB now in {cache.folder}"
     )
     return EncodedData(cache, keys, train, [entries[clip] for clip in plan.validation_clips if clip in usable])
+
+
+def _is_cached(cache: Cache, entry: Entry) -> bool:
+    image_key = entry.image_key
+    return cache.has("latents", entry.latents_key) and (image_key is None or cache.has("images", image_key))
+
+
+def _describe_cropped_images(usable: set[Clip], plan: DataPlan) -> None:
+    """Says which images, of the manifest and of validation, don't have their clip's shape and size."""
+    if not plan.facts.takes_image:
+        return
+    used = {clip.image: clip.form or plan.clip_format for clip in usable if clip.image is not None}
+    used |= dict.fromkeys(plan.config.validation.images or [], plan.clip_format)
+    fits = {
+        image: describe_fit(read_image_size(image), form.height, form.width, most_cut=0.01)
+        for image, form in sorted(used.items())
+    }
+    cropped = [f"{image}: {fit}" for image, fit in fits.items() if fit is not None]
+    if cropped:
+        rest = f" (and {len(cropped) - 1} more; data/check.py lists clips that lose a fifth)" if cropped[1:] else ""
+        print(f"image of another shape or size: {cropped[0]}{rest}")
 
 
 def _judge_problems(problems: list[str], plan: DataPlan, accelerator: Accelerator) -> None:

@@ -13,6 +13,7 @@ import torch
 from diffusers import (
     AutoencoderKLCogVideoX,
     CogVideoXDDIMScheduler,
+    CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     ModelMixin,
@@ -52,17 +53,35 @@ _TINY_VAE = {
     "sample_width": 96,
 }
 _ROTARY = {"use_rotary_positional_embeddings": True}
+_5B = _TRANSFORMER | _ROTARY | {"num_layers": 42, "num_attention_heads": 48}
+_LEARNED = {"in_channels": 32, "use_learned_positional_embeddings": True}
+_VERSION_1_5 = {
+    "patch_size_t": 2,
+    "patch_bias": False,
+    "sample_height": 96,
+    "sample_width": 170,
+    "sample_frames": 81,
+    "max_text_seq_length": 224,
+}
+_OFS = {"in_channels": 32, "ofs_embed_dim": 512}
+_TINY_1_5 = {"patch_size_t": 2, "patch_bias": False, "max_text_seq_length": 24}
 
 # transformer config, VAE config, SNR shift
 ARCHITECTURES: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
     "cogvideox-2b": (_TRANSFORMER | {"num_layers": 30, "num_attention_heads": 30}, {"scaling_factor": 1.15258426}, 3.0),
-    "cogvideox-5b": (
-        _TRANSFORMER | _ROTARY | {"num_layers": 42, "num_attention_heads": 48},
-        {"scaling_factor": 0.7},
-        1.0,
-    ),
+    "cogvideox-5b": (_5B, {"scaling_factor": 0.7}, 1.0),
+    "cogvideox-5b-i2v": (_5B | _LEARNED, {"scaling_factor": 0.7}, 1.0),
+    "cogvideox-1.5-5b": (_5B | _VERSION_1_5, {"scaling_factor": 0.7}, 1.0),
+    "cogvideox-1.5-5b-i2v": (_5B | _VERSION_1_5 | _OFS, {"scaling_factor": 0.7, "invert_scale_latents": True}, 1.0),
     "tiny": (_TINY | _ROTARY, _TINY_VAE | {"scaling_factor": 0.7}, 1.0),
     "tiny-2b": (_TINY, _TINY_VAE | {"scaling_factor": 1.15258426}, 3.0),
+    "tiny-i2v": (_TINY | _ROTARY | _LEARNED, _TINY_VAE | {"scaling_factor": 0.7}, 1.0),
+    "tiny-1.5": (_TINY | _ROTARY | _TINY_1_5, _TINY_VAE | {"scaling_factor": 0.7}, 1.0),
+    "tiny-1.5-i2v": (
+        _TINY | _ROTARY | _TINY_1_5 | {"in_channels": 32, "ofs_embed_dim": 32},
+        _TINY_VAE | {"scaling_factor": 0.7, "invert_scale_latents": True},
+        1.0,
+    ),
 }
 
 
@@ -99,7 +118,8 @@ def write_random_pipeline(
         torch.set_default_dtype(default)
     _make_lively(transformer)
     scheduler = _make_scheduler(snr_shift)
-    pipeline = CogVideoXPipeline(
+    takes_image = transformer_config["in_channels"] == 2 * vae_config.get("latent_channels", 16)
+    pipeline = (CogVideoXImageToVideoPipeline if takes_image else CogVideoXPipeline)(
         tokenizer=tokenizer,
         text_encoder=encoder.to(dtype),  # pyright: ignore[reportArgumentType]
         vae=vae,
@@ -155,6 +175,9 @@ def _make_lively(transformer: ModelMixin) -> None:
         for name, parameter in transformer.named_parameters():
             if name.endswith("linear.bias"):
                 parameter.add_(0.02 * torch.randn_like(parameter))
+        for name, table in transformer.named_buffers():
+            if name.endswith("pos_embedding") and transformer.config["use_learned_positional_embeddings"]:
+                table.add_(0.02 * torch.randn_like(table))  # a learned table is not the one it started as
 
 
 def make_text_config(width: int, vocabulary: int, size: Literal["small", "full"]) -> T5Config:

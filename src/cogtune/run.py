@@ -24,8 +24,9 @@ from cogtune.denoiser import Denoiser
 from cogtune.draws import derive_seed
 from cogtune.ema import Ema
 from cogtune.errors import UserError
-from cogtune.execution import configure_blocks
+from cogtune.execution import allow_shapes, configure_blocks
 from cogtune.frozen import quantize_base
+from cogtune.image_encoder import load_image_encoder
 from cogtune.memory import explain_out_of_memory
 from cogtune.optimization import StepGuard, make_optimizer
 from cogtune.plan import DataPlan, TrainingPlan
@@ -183,18 +184,19 @@ class Run:
         configure_blocks(
             transformer, plan.memory.activations, compiled=plan.compiled, has_dropout=config.adapter.dropout > 0
         )
+        allow_shapes(len({clip.form for clip in [*plan.train_clips, *plan.validation_clips]}))
         model = accelerator.prepare_model(transformer)
         denoiser = Denoiser(
             plan.facts,
-            num_latent_frames=self._latent_shape()[0],
-            height=plan.clip_format.height,
-            width=plan.clip_format.width,
             device=accelerator.device,
             dtype=plan.dtype,
             min_snr_gamma=config.train.min_snr_gamma,
             autocast=plan.autocast,
             base=trained.base if plan.hold_prior or plan.hold_dropped else None,
             ask_base=self._when_to_ask_base(),
+            image_encoder=load_image_encoder(plan.facts, plan.dtype, accelerator.device)
+            if plan.facts.takes_image
+            else None,
         )
         optimizer = make_optimizer(list(trained.parameters().values()), config.optimizer)
         guard = StepGuard(
@@ -301,10 +303,6 @@ class Run:
     def _averaged_weights(self) -> contextlib.AbstractContextManager[None]:
         return self._ema.swapped_in() if self._ema is not None else contextlib.nullcontext()
 
-    def _latent_shape(self) -> tuple[int, int, int, int]:
-        form = self.plan.clip_format
-        return self.plan.facts.latent_shape(form.num_frames, form.height, form.width)
-
     def _make_loader(self, first_step: int) -> DataLoader[Batch]:
         train, accelerator = self.config.train, self.accelerator
         dataset = TrainingSet(
@@ -319,6 +317,9 @@ class Run:
             prior_weight=train.prior_weight,
             hold_prior=self.plan.hold_prior,
             hold_dropped=self.plan.hold_dropped,
+            patch_size_t=self.plan.facts.patch_size_t,
+            image_dropout=self.plan.image_dropout,
+            global_batch=self.plan.global_batch,
         )
         sampler = PositionSampler(
             first_step=first_step,

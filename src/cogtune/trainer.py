@@ -168,7 +168,7 @@ class Trainer:
             is_last = micro == train.gradient_accumulation_steps - 1
             with contextlib.nullcontext() if is_last else accelerator.no_sync(self._model):
                 losses = self._pass(batch)
-            host_batch.latents = host_batch.noise = host_batch.embeddings = torch.empty(0)
+            host_batch.release()
             recent.samples.append((self.step, losses, host_batch))
         grad_norm = self._guard.apply(self._optimizer, list(self._parameters.values()))
         self._optimizer.step()

@@ -16,14 +16,17 @@ from tqdm import tqdm
 
 from cogtune import models
 from cogtune.cache import Cache
-from cogtune.dataset import Batch, Entry, read_sample
+from cogtune.conditions import clean_condition
+from cogtune.dataset import Batch, Entry, read_image, read_sample
 from cogtune.denoiser import Denoiser
-from cogtune.diffusion import NUM_TIMESTEPS
+from cogtune.diffusion import NUM_TIMESTEPS, pad_front
 from cogtune.draws import draw_noise
 from cogtune.encoding import release_memory
-from cogtune.generation import Request, decode_latents, generate_latents, make_pipeline
+from cogtune.generation import decode_latents, generate_latents, make_pipeline
+from cogtune.image_encoder import ImageEncoder
 from cogtune.models import ModelFacts
 from cogtune.video import write_video
+from cogtune.video_request import Request
 
 _REQUESTS = "requests.json"
 QUANTILES = tuple(round(0.1 * k, 1) for k in range(1, 10))
@@ -52,15 +55,24 @@ def evaluate(
     entries: Sequence[Entry],
     cache: Cache,
     *,
-    scaling_factor: float,
+    facts: ModelFacts,
     device: torch.device,
 ) -> torch.Tensor:
-    """Sums of the unweighted v loss at each quantile, and the number of clips, float64 [10] on the device."""
+    """Sums of the unweighted v loss at each quantile, and the number of clips, float64 [10] on the device.
+
+    Images are as sampling has them: clean, and never dropped.
+    """
     sums = torch.zeros(len(QUANTILES) + 1, dtype=torch.float64, device=device)
     with evaluation_mode(transformer):
         for entry in entries:
             mean, _, embeddings = read_sample(cache, entry)
-            latents = (mean * scaling_factor).transpose(0, 1)[None]
+            padded = pad_front(mean * facts.scaling_factor, facts.num_padding(mean.shape[1]))
+            latents = padded.transpose(0, 1)[None]
+            image = None
+            if facts.takes_image:
+                image = clean_condition(
+                    read_image(cache, entry), (mean.shape[0], *mean.shape[2:]), key=f"evaluation:{entry.clip.id}"
+                )
             for index, quantile in enumerate(QUANTILES):
                 _, noise = draw_noise(0, f"evaluation:{entry.clip.id}:{quantile}", tuple(latents.shape))
                 batch = Batch(
@@ -74,6 +86,7 @@ def evaluate(
                     [entry.clip],
                     [False],
                     0,
+                    image,
                 ).to(device)
                 sums[index] += denoiser.losses(transformer, batch, weighted=False)[0].double()
             sums[-1] += 1
@@ -91,7 +104,7 @@ class VideoJob:
 
     def describe(self) -> dict[str, Any]:
         """What was asked for, as saved beside the videos."""
-        return asdict(self.request)
+        return {name: value for name, value in asdict(self.request).items() if value is not None}
 
     def file_name(self, suffix: str = "") -> str:
         """`<nn>-<seed>.mp4`."""
@@ -121,15 +134,21 @@ def generate_videos(
     dtype: torch.dtype,
     autocast: bool,
     quiet: bool,
+    image_encoder: ImageEncoder | None = None,
 ) -> None:
-    """Generates this rank's jobs into the folder.
+    """Generates this rank's jobs into the folder; `image_encoder` for image-to-video models.
 
     The VAE comes onto the device only to decode, tiled, after all latents are sampled, so the peak stays at the
     larger of sampling and (weights + tiled decode).
     """
     if not jobs:
         return
-    pipeline = make_pipeline(facts, transformer=transformer, scheduler=models.load_scheduler(facts))
+    pipeline = make_pipeline(
+        facts,
+        transformer=transformer,
+        scheduler=models.load_scheduler(facts),
+        vae=None if image_encoder is None else image_encoder.vae,
+    )
     pipeline.set_progress_bar_config(disable=True)
     latents: list[torch.Tensor] = []
     with evaluation_mode(transformer), torch.autocast(device.type, dtype, enabled=autocast):

@@ -9,12 +9,12 @@ import torch
 from accelerate import Accelerator
 
 from cogtune.denoiser import Denoiser
-from cogtune.generation import Request
 from cogtune.plan import TrainingPlan
 from cogtune.preparation import EncodedData
 from cogtune.report import write_report
 from cogtune.tracking import MetricsLog
 from cogtune.validation import VideoJob, evaluate, generate_videos, mean_losses, read_requests, write_requests
+from cogtune.video_request import Request
 
 BASE_STEP = "step-000000"  # before the first step the model is the base model
 
@@ -64,7 +64,7 @@ class Validator:
             self._denoiser,
             mine,
             self._data.cache,
-            scaling_factor=self._plan.facts.scaling_factor,
+            facts=self._plan.facts,
             device=accelerator.device,
         )
         losses = mean_losses(accelerator.reduce(sums, reduction="sum"))  # pyright: ignore[reportArgumentType]
@@ -84,6 +84,7 @@ class Validator:
             dtype=self._plan.dtype,
             autocast=self._plan.autocast,
             quiet=not accelerator.is_main_process,
+            image_encoder=self._denoiser.image_encoder,
         )
 
     def _copy_base_videos(self, folder: Path) -> None:
@@ -110,6 +111,7 @@ def _make_jobs(plan: TrainingPlan, data: EncodedData) -> list[VideoJob]:
                 settings.negative_prompt,
                 settings.num_inference_steps,
                 settings.guidance_scale,
+                image=str(settings.images[number]) if settings.images else None,
             )
             jobs.append(VideoJob(number, request, data.keys.text(prompt), data.keys.text(settings.negative_prompt)))
     return jobs

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from av.error import FFmpegError
 from av.video.reformatter import Interpolation
+from PIL import Image, ImageOps
 
+_ORIENTATION = 0x0112  # EXIF
 TIME_TOLERANCE_SECONDS = 1e-3  # container time stamps are rounded; a frame this much late still counts as on time
 
 
@@ -165,6 +167,44 @@ def resize_and_crop(frames: torch.Tensor, height: int, width: int) -> torch.Tens
     pixels = F.interpolate(frames.permute(0, 3, 1, 2), size=(rows, columns), mode="bicubic", antialias=True)
     top, left = (rows - height) // 2, (columns - width) // 2
     return pixels[:, :, top : top + height, left : left + width].permute(0, 2, 3, 1).contiguous()
+
+
+def describe_fit(source: tuple[int, int], height: int, width: int, *, most_cut: float = 0.2) -> str | None:
+    """What becomes of a picture (width, height) that must cover a size: enlarged, or more than `most_cut` of it cut."""
+    source_width, source_height = source
+    scale = max(height / source_height, width / source_width)
+    kept = (height * width) / (source_height * source_width * scale * scale)
+    size = f"{source_width}x{source_height}"
+    if scale > 1.0:
+        return f"{size} is enlarged {scale:.2f} times to cover {width}x{height}"
+    return (
+        f"{size}: {100 * (1 - kept):.0f} % of the picture is cut off for {width}x{height}"
+        if 1 - kept > most_cut
+        else None
+    )
+
+
+def read_image_size(path: Path) -> tuple[int, int]:
+    """Width and height of an image as shown; raises `ClipError` for what is none."""
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(_ORIENTATION, 1) >= 5
+            return (image.height, image.width) if turned else (image.width, image.height)
+    except FileNotFoundError:
+        raise ClipError("unreadable", f"{path}: no such file") from None
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ClipError("unreadable", f"{path}: not a readable image ({error})") from None
+
+
+def load_image(path: Path, height: int, width: int) -> np.ndarray:
+    """An image upright, resized to cover the size and centre-cropped, uint8 RGB [H, W, 3]; raises `ClipError`."""
+    read_image_size(path)
+    try:
+        with Image.open(path) as image:
+            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, ValueError) as error:
+        raise ClipError("unreadable", f"{path}: not a readable image ({error})") from None
+    return resize_and_crop(torch.from_numpy(pixels)[None], height, width)[0].numpy()
 
 
 def write_video(path: Path, frames: np.ndarray, fps: float, *, crf: int = 12) -> None:

@@ -12,12 +12,12 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
 from cogtune import generation, models
 from cogtune.acceleration import accelerate, quantize_transformer
-from cogtune.generation import Request
 from cogtune.joint_blocks import join_blocks
 from cogtune.overlap import Batch, encode_overlapped
 from cogtune.random_pipeline import make_random_transformer
 from cogtune.step_cache import CacheSettings, StepCache
 from cogtune.vae.frame_coder import FrameCoder
+from cogtune.video_request import Request
 
 GPU = torch.device("cuda")
 

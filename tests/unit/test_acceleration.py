@@ -14,10 +14,10 @@ from cogtune.attention_backends import BackendTiming
 from cogtune.config import AdapterSettings
 from cogtune.errors import UserError
 from cogtune.frozen import Float8Base
-from cogtune.generation import Request
 from cogtune.joint_blocks import join_blocks, part_blocks
 from cogtune.random_pipeline import make_random_transformer
 from cogtune.step_cache import CacheSettings
+from cogtune.video_request import Request
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 REQUEST = Request("a red ball", 17, 64, 96, seed=3, num_inference_steps=2)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -9,6 +10,8 @@ import yaml
 from cogtune.cli import build_config, parse_run
 from cogtune.config import RunConfig
 from cogtune.errors import UserError
+
+RELEASED = sorted((Path(__file__).parents[2] / "configs").glob("*/cogvideox-*.yaml"))
 
 
 @pytest.fixture
@@ -185,3 +188,19 @@ def test_every_shipped_accelerate_config_loads(root: Path) -> None:
 
     for path in sorted((root / "configs" / "accelerate").glob("*.yaml")):
         assert load_config_from_file(str(path)).num_processes >= 1, path
+
+
+@pytest.mark.parametrize("path", RELEASED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_shipped_configs_of_released_models_have_a_plan(
+    path: Path, skeleton_folder: Callable[[str], Path], clips_folder: Path, run_command: Any
+) -> None:
+    """A dry run on a folder of the right shape, without weights."""
+    script = {"lora": "train/lora.py", "sft": "train/sft.py"}[path.parent.name]
+    done = run_command(
+        script, "--config", path, f"--model.path={skeleton_folder(path.stem)}",
+        f"--data.manifest={clips_folder}", "--dry-run",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert f"model       {path.stem} at" in done.out
+    assert ("noise on its pixels" in done.out) == path.stem.endswith("i2v")
+    assert ("45,104 a sample" if "1.5" in path.stem else "17,776 a sample") in done.out

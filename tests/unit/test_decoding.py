@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cogtune.decoding import ClipDecoder, ClipFormat, Decoded, default_workers
-from cogtune.manifest import Clip
+from cogtune.decoding import ClipDecoder, Decoded, default_workers
+from cogtune.manifest import Clip, ClipFormat
 from cogtune.video import read_video, write_video
 
 FORM = ClipFormat(9, 64, 96, 8.0)

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 def make_denoiser(folder: Path, **options: Any) -> Denoiser:
     facts = models.read_facts(folder)
     options = {"min_snr_gamma": None, "dtype": torch.float32} | options
-    return Denoiser(facts, num_latent_frames=5, height=64, width=96, device=CPU, **options)
+    return Denoiser(facts, device=CPU, **options)
 
 
 @pytest.mark.parametrize("pipeline_fixture", ["tiny_folder", "tiny_2b_folder"])

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
+from PIL import Image
 from transformers import AutoTokenizer, T5EncoderModel
 
 from cogtune import encoding
 from cogtune.cache import Cache
-from cogtune.decoding import ClipFormat
 from cogtune.encoding import (
     CacheKeys,
     Share,
@@ -21,9 +21,9 @@ from cogtune.encoding import (
     encode_frames,
     find_cut_captions,
 )
-from cogtune.manifest import Clip, read_manifest
+from cogtune.manifest import Clip, ClipFormat, read_manifest
 from cogtune.models import ModelFacts, read_facts
-from cogtune.video import ClipError, write_video
+from cogtune.video import ClipError, load_clip, write_video
 
 FORM = ClipFormat(9, 64, 96, 8.0)
 CPU = torch.device("cpu")
@@ -205,3 +205,76 @@ def test_clips_are_encoded_once_and_bad_ones_reported(
     clips.pop()
     monkeypatch.setattr(encoding.models, "load_vae", lambda *_: pytest.fail("loaded in vain"))
     run()
+
+
+def test_images_have_keys_of_their_own_content(make_keys, clips_folder: Path, tmp_path: Path) -> None:
+    clip = Clip("a", clips_folder / "clip0.mp4", "x")
+    (tmp_path / "a.png").write_bytes(b"one")
+    (tmp_path / "b.png").write_bytes(b"one")
+    keys = make_keys(takes_image=True)
+    assert make_keys().image(clip) is None, "text-to-video keeps none"
+    assert keys.image(replace(clip, end=1.0, caption="y")) == keys.image(clip)
+    given = replace(clip, image=tmp_path / "a.png")
+    assert keys.image(given) == keys.image(replace(given, image=tmp_path / "b.png", start=0.5))
+    assert len({keys.image(clip), keys.image(replace(clip, start=0.5)), keys.image(given)}) == 3
+    assert make_keys(replace(FORM, width=80), takes_image=True).image(clip) != keys.image(clip)
+    assert keys.latents(given) == keys.latents(clip) == make_keys().latents(clip)
+
+
+def test_a_clips_own_format_decides_its_key(make_keys, clips_folder: Path) -> None:
+    clip = Clip("a", clips_folder / "clip0.mp4", "x")
+    other = ClipFormat(9, 64, 64, 8.0)
+    assert make_keys().latents(replace(clip, form=FORM)) == make_keys().latents(clip)
+    assert make_keys().latents(replace(clip, form=other)) == make_keys(other).latents(clip) != make_keys().latents(clip)
+
+
+@pytest.mark.parametrize("lost", ["latents", "images"])
+def test_clips_of_two_shapes_are_encoded_with_their_first_frames(
+    lost: str, make_keys, cache: Cache, facts: ModelFacts, clips_folder: Path
+) -> None:
+    """Also where one of the two entries is gone."""
+    forms = [FORM, ClipFormat(5, 64, 64, 8.0)]
+    clips = [replace(clip, form=forms[n % 2]) for n, clip in enumerate(read_manifest(clips_folder)[:4])]
+    keys, image_facts = make_keys(takes_image=True), replace(facts, takes_image=True)
+
+    def run() -> None:
+        encode_clips(
+            clips, keys, cache, image_facts, FORM, device=CPU, dtype=torch.float32, share=Share(), num_workers=1,
+            timeout_seconds=60, on_problem=lambda clip, problem: pytest.fail(f"{clip.id}: {problem}"), quiet=True,
+        )  # fmt: skip
+
+    run()
+    gone = {"latents": keys.latents(clips[0]), "images": keys.image(clips[0])}[lost]
+    cache.path(lost, gone).unlink()
+    run()
+    for clip in clips:
+        moments, image = cache.read("latents", keys.latents(clip)), cache.read("images", keys.image(clip))
+        assert moments is not None and image is not None and clip.form is not None
+        assert moments["mean"].shape[1:] == ((clip.form.num_frames - 1) // 4 + 1, 8, clip.form.width // 8)
+        frames = load_clip(clip.video, **vars(clip.form))
+        assert np.array_equal(image["image"].numpy(), frames[0])
+
+
+def test_clips_of_one_video_keep_images_of_their_own(
+    make_keys, cache: Cache, facts: ModelFacts, clips_folder: Path, tmp_path: Path
+) -> None:
+    """One video, two images and its own first frame: one latents entry, three images. A bad one fails all its clips."""
+    for number in range(2):
+        Image.fromarray(np.full((64, 96, 3), 100 * number, dtype=np.uint8)).save(tmp_path / f"{number}.png")
+    (tmp_path / "bad.png").write_text("no image")
+    plain = Clip("plain", clips_folder / "clip0.mp4", "x")
+    given = [replace(plain, id=f"given {n}", image=tmp_path / f"{n}.png") for n in range(2)]
+    bad = [replace(plain, id=f"bad {n}", image=tmp_path / "bad.png") for n in range(2)]
+    keys, problems = make_keys(takes_image=True), []
+    encode_clips(
+        [given[0], plain, given[1], *bad], keys, cache, replace(facts, takes_image=True), FORM, device=CPU,
+        dtype=torch.float32, share=Share(), num_workers=1, timeout_seconds=60, quiet=True,
+        on_problem=lambda clip, problem: problems.append((clip.id, problem.kind)),
+    )  # fmt: skip
+    assert cache.has("latents", keys.latents(plain))
+    for number, clip in enumerate(given):
+        entry = cache.read("images", keys.image(clip))
+        assert entry is not None and (entry["image"] == 100 * number).all()
+    entry = cache.read("images", keys.image(plain))
+    assert entry is not None and np.array_equal(entry["image"].numpy(), load_clip(plain.video, **vars(FORM))[0])
+    assert problems == [("bad 0", "unreadable"), ("bad 1", "unreadable")]

@@ -14,8 +14,8 @@ from cogtune.config import AdapterSettings
 from cogtune.encoding import embed
 from cogtune.errors import UserError
 from cogtune.frame_convolution import use_frame_convolutions
-from cogtune.generation import Request
 from cogtune.generation_options import make_requests, output_path, parse_adapter, parse_generation
+from cogtune.video_request import Request
 
 REQUEST = Request("a red ball", 17, 64, 96, seed=3, negative_prompt="blue", num_inference_steps=3, guidance_scale=4.0)
 

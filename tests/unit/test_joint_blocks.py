@@ -10,10 +10,10 @@ from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
 from cogtune import generation, models
-from cogtune.generation import Request
 from cogtune.joint_blocks import find_step_cache, join_blocks, part_blocks
 from cogtune.random_pipeline import ARCHITECTURES, make_random_transformer
 from cogtune.step_cache import CacheSettings, StepCache
+from cogtune.video_request import Request
 
 
 def make_transformer(model: str) -> CogVideoXTransformer3DModel:

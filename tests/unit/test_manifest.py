@@ -255,3 +255,22 @@ def test_a_split_that_leaves_nothing_is_refused() -> None:
     one_video = [Clip(str(s), Path("a.mp4"), "x", start=s) for s in range(4)]
     with pytest.raises(UserError, match="one video"):
         split_validation(one_video, 2, seed=0)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_images_stand_in_a_column_of_their_own(folder: Path, suffix: str) -> None:
+    rows = [{"video": name, "caption": text, "image": ""} for name, text in EXPECTED]
+    rows[1]["image"] = "sub/start.PNG"
+    clips = read_manifest(write_rows(folder / f"list{suffix}", rows))
+    assert [clip.image for clip in clips] == [None, folder / "sub/start.PNG", None]
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [("../x.png", "leads out of"), ("a.mp4", "expected one of .bmp"), (3, "expected a path relative to")],
+)
+def test_a_wrong_image_is_named(folder: Path, image: object, expected: str) -> None:
+    path = write_rows(folder / "list.jsonl", [{"video": "a.mp4", "caption": "x", "image": image}])
+    with pytest.raises(UserError) as caught:
+        read_manifest(path)
+    assert "list.jsonl:1" in str(caught.value) and expected in str(caught.value)

@@ -11,6 +11,7 @@ from cogtune.config import AdapterSettings
 from cogtune.errors import UserError
 from cogtune.memory import (
     ACTIVATIONS_FAST_TO_SLOW,
+    ENCODER_UNITS,
     GIB,
     KEPT_UNITS,
     MARGIN,
@@ -21,7 +22,8 @@ from cogtune.memory import (
     free_device_bytes,
     predict,
 )
-from cogtune.models import make_meta_transformer, read_facts
+from cogtune.models import count_image_encoder, make_meta_transformer, read_facts
+from cogtune.random_pipeline import make_architecture_facts
 
 
 @pytest.mark.parametrize(
@@ -133,3 +135,26 @@ def test_out_of_memory_names_what_is_left_to_turn() -> None:
     assert "and more lines" not in text
     assert "memory.mode=recompute;" not in explain_out_of_memory(plans[-1], error), "that is what it ran with"
     assert "train.batch_size=1" in explain_out_of_memory(plans[-1], error)
+
+
+def test_the_image_encoder_is_in_the_plan_of_image_models_only() -> None:
+    """Its weights always, its workspace where that is larger than what the blocks need: never at native size."""
+    plans = {}
+    for model in ("cogvideox-5b", "cogvideox-5b-i2v"):
+        facts = make_architecture_facts(model)
+        plans[model] = predict(
+            facts, "recompute", num_parameters=10**9, num_trainable=10**6, tokens=17_776, batch_size=1,
+            dtype=torch.bfloat16, num_encoder=count_image_encoder(facts), image_pixels=480 * 720,
+        )  # fmt: skip
+    text, image = plans.values()
+    assert image.weights - text.weights == 2 * 92_215_456, "the encoder of the released autoencoder"
+    assert image.workspace == text.workspace and image.kept == text.kept
+    facts = make_architecture_facts("tiny-i2v")
+    small, large = (
+        predict(
+            facts, "recompute", num_parameters=1, num_trainable=1, tokens=100, batch_size=2, dtype=torch.float32,
+            num_encoder=1, image_pixels=pixels,
+        )
+        for pixels in (0, 480 * 720)
+    )  # fmt: skip
+    assert large.total - large.weights > ENCODER_UNITS * 2 * 480 * 720 * 128 * 4 > small.total

@@ -11,8 +11,8 @@ import torch
 
 from cogtune import models
 from cogtune.errors import UserError
-from cogtune.generation import check_size
 from cogtune.models import find_folder, make_meta_transformer, read_facts
+from cogtune.video_request import check_size
 
 
 @pytest.fixture

@@ -19,7 +19,10 @@ from cogtune.video import (
     Timeline,
     choose_frames,
     decode_frames,
+    describe_fit,
     load_clip,
+    load_image,
+    read_image_size,
     read_timeline,
     read_video,
     resize_and_crop,
@@ -422,3 +425,41 @@ def test_decord_is_passed_over_where_it_fails(tmp_path: Path, monkeypatch: pytes
         load_clip(path, num_frames=9, height=32, width=96, fps=8, decoders=["decord"])
     frames = load_clip(path, num_frames=9, height=32, width=96, fps=8)
     assert read_numbers(frames) == [int(k * 30 / 8) for k in range(9)]
+
+
+def test_an_image_is_upright_covered_and_cut_like_a_frame(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 100, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    assert read_image_size(tmp_path / "a.png") == (100, 40)
+    expected = resize_and_crop(torch.from_numpy(pixels)[None], 32, 48)[0].numpy()
+    assert np.array_equal(load_image(tmp_path / "a.png", 32, 48), expected)
+    assert np.array_equal(load_image(tmp_path / "a.png", 40, 100), pixels)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    assert read_image_size(tmp_path / "turned.png") == (40, 100)
+    assert np.array_equal(load_image(tmp_path / "turned.png", 100, 40), np.rot90(pixels, -1))
+    Image.fromarray(pixels[..., 0]).save(tmp_path / "grey.png")
+    assert load_image(tmp_path / "grey.png", 40, 100).shape == (40, 100, 3)
+
+
+def test_what_is_no_image_says_so(tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("not a picture")
+    for name, words in (("text.png", "not a readable image"), ("gone.png", "no such file")):
+        with pytest.raises(ClipError, match=words):
+            load_image(tmp_path / name, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("source", "size", "expected"),
+    [
+        ((96, 64), (64, 96), None),
+        ((192, 128), (64, 96), None),
+        ((48, 32), (64, 96), "48x32 is enlarged 2.00 times to cover 96x64"),
+        ((192, 64), (64, 96), "192x64: 50 % of the picture is cut off for 96x64"),
+        ((100, 64), (64, 96), None),  # 4 %: only where it is asked for
+    ],
+)
+def test_fits_are_described(source: tuple[int, int], size: tuple[int, int], expected: str | None) -> None:
+    assert describe_fit(source, *size) == expected
+    assert (describe_fit(source, *size, most_cut=0.01) is None) == (source in [(96, 64), (192, 128)])

@@ -24,6 +24,7 @@ import gc
 import json
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,22 +34,24 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 
 from cogtune import models
 from cogtune.acceleration import quantize_transformer
 from cogtune.attention_backends import Backend, activate
 from cogtune.benchmark.autoencoder import WAYS, describe_ways, make_random_vae, measure_ways
 from cogtune.benchmark.clock import Marks, attempt, peak_memory, report, reset_peak, synchronize
+from cogtune.benchmark.images import write_random_image
 from cogtune.benchmark.kernels import profile_steps
 from cogtune.benchmark.similarity import measure_psnr, measure_ssim
 from cogtune.encoding import embed
 from cogtune.errors import UserError
-from cogtune.generation import Request, decode_latents, generate_latents, make_pipeline
+from cogtune.generation import Pipeline, decode_latents, generate_latents, make_pipeline
 from cogtune.joint_blocks import join_blocks, part_blocks
 from cogtune.models import ModelFacts, choose_device, choose_dtype
 from cogtune.random_pipeline import ARCHITECTURES, make_architecture_facts, make_random_transformer
 from cogtune.step_cache import CacheSettings, StepCache
+from cogtune.video_request import Request
 
 DEFAULT_VARIANTS = (
     "diffusers,stock-compiled,joint,joint+float8,joint+float8+first-block:9:1,joint+float8+first-block:9:1+guidance:2"
@@ -162,11 +165,12 @@ class SamplingBench:
             arguments.height or self.facts.height,
             arguments.width or self.facts.width,
         )
+        self._folder = tempfile.TemporaryDirectory()
         self._references: dict[str, np.ndarray] = {}
         self._embedded = self._embed_prompts()
         self._is_float8 = False
 
-    def _load(self, name: str) -> tuple[CogVideoXPipeline, ModelFacts]:
+    def _load(self, name: str) -> tuple[Pipeline, ModelFacts]:
         if name in ARCHITECTURES:
             facts = make_architecture_facts(name)
             dtype = choose_dtype("auto", facts, self.device)
@@ -290,7 +294,8 @@ class SamplingBench:
 
     def _sample(self, seed: int, num_steps: int, on_step: Callable[[int], None]) -> torch.Tensor:
         frames, height, width = self.size
-        request = Request("random", frames, height, width, seed=seed, num_inference_steps=num_steps)
+        image = str(write_random_image(Path(self._folder.name), self.size)) if self.facts.takes_image else None
+        request = Request("random", frames, height, width, seed=seed, num_inference_steps=num_steps, image=image)
         texts = self._find_texts(seed)
         return generate_latents(self.pipeline, request, texts[0], texts[1], on_step=on_step)
 

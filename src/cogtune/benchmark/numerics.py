@@ -12,6 +12,7 @@ from cogtune import diffusion
 from cogtune.adapter import adapter_parameters
 from cogtune.attention_backends import choose_backend, measure_backends
 from cogtune.benchmark.clock import attempt
+from cogtune.benchmark.images import make_random_condition, make_random_image_encoder
 from cogtune.benchmark.variants import Variant, parse_variant, prepare_transformer
 from cogtune.config import AdapterSettings
 from cogtune.dataset import Batch
@@ -91,15 +92,8 @@ def _loss_and_gradients(
         device=device,
     )
     prepare_transformer(transformer, variant, AdapterSettings(rank=rank), choose_backend("auto", timings))
-    denoiser = Denoiser(
-        facts,
-        num_latent_frames=facts.latent_shape(*size)[0],
-        height=size[1],
-        width=size[2],
-        device=device,
-        dtype=computed,
-        min_snr_gamma=None,
-    )
+    encoder = make_random_image_encoder(model, device, computed) if facts.takes_image else None
+    denoiser = Denoiser(facts, device=device, dtype=computed, min_snr_gamma=None, image_encoder=encoder)
     loss = denoiser.losses(transformer, _make_batch(facts, size, device)).mean()
     scale = 2.0**10 if computed == torch.float16 else 1.0
     parameters = list(adapter_parameters(transformer).values())
@@ -109,7 +103,8 @@ def _loss_and_gradients(
 
 def _make_batch(facts: ModelFacts, size: tuple[int, int, int], device: torch.device) -> Batch:
     generator = torch.Generator().manual_seed(3)
-    shape = (1, *facts.latent_shape(*size))
+    frames, channels, rows, columns = facts.latent_shape(*size)
+    shape = (1, frames + facts.num_padding(frames), channels, rows, columns)
     text = torch.randn(1, facts.max_text_length, facts.text_dim, generator=generator)
     return Batch(
         latents=torch.randn(shape, generator=generator),
@@ -122,6 +117,7 @@ def _make_batch(facts: ModelFacts, size: tuple[int, int, int], device: torch.dev
         clips=[],
         dropped=[],
         num_held=0,
+        image=make_random_condition(facts, size) if facts.takes_image else None,
     ).to(device)
 
 

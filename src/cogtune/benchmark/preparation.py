@@ -24,9 +24,9 @@ from transformers import T5EncoderModel
 from cogtune.benchmark.autoencoder import WAYS, describe_ways, make_random_vae, measure_ways
 from cogtune.benchmark.clock import attempt, peak_memory, report, reset_peak
 from cogtune.cache import Cache
-from cogtune.decoding import ClipFormat, default_workers
+from cogtune.decoding import default_workers
 from cogtune.encoding import CacheKeys, EncodingTimes, Share, encode_captions, encode_clips
-from cogtune.manifest import Clip, read_manifest
+from cogtune.manifest import Clip, ClipFormat, read_manifest
 from cogtune.models import choose_device, choose_dtype
 from cogtune.random_pipeline import ARCHITECTURES, make_architecture_facts, make_text_config, make_tokenizer
 from cogtune.video import ClipError, write_video

@@ -21,6 +21,7 @@ from cogtune.adapter import TrainedAdapter
 from cogtune.attention_backends import SDPA_BACKENDS, BackendTiming, choose_backend
 from cogtune.benchmark.ceilings import StepShape, describe_ceilings, measure_ceilings, peak_flops
 from cogtune.benchmark.clock import attempt
+from cogtune.benchmark.images import make_random_image, make_random_image_encoder, time_image_encoding
 from cogtune.benchmark.kernels import describe_profile, profile_steps
 from cogtune.benchmark.numerics import check_variants, describe_check
 from cogtune.benchmark.variants import BASELINE, Variant, parse_variant, prepare_transformer
@@ -33,7 +34,7 @@ from cogtune.denoiser import Denoiser
 from cogtune.frozen import count_float8_parameters
 from cogtune.manifest import Clip
 from cogtune.memory import GIB, predict
-from cogtune.models import ModelFacts, choose_device, choose_dtype
+from cogtune.models import ModelFacts, choose_device, choose_dtype, count_image_encoder
 from cogtune.optimization import StepGuard, make_optimizer
 from cogtune.random_pipeline import ARCHITECTURES, make_architecture_facts, make_random_transformer
 from cogtune.tracking import MetricsLog
@@ -82,6 +83,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     keep("conditions", json.dumps(results["conditions"]))
     results["ceilings"] = bench.ceilings = measure_ceilings(bench.shape, bench.device, bench.dtype)
     keep("ceilings", describe_ceilings(bench.ceilings))
+    if bench.facts.takes_image:
+        results["image_encoding"] = attempt(lambda: time_image_encoding(arguments.model, bench.size, bench.device))
+        keep("image encoding, of each sample in each step", json.dumps(results["image_encoding"]))
+        bench.clear()
     if arguments.check:
         results["check"] = check_variants(
             variants, arguments.model, bench.size, rank=arguments.rank, device=bench.device, dtype=bench.dtype
@@ -168,6 +173,8 @@ class TrainingBench:
             batch_size=self.arguments.batch_size,
             dtype=self.dtype,
             num_float8=num_float8,
+            num_encoder=count_image_encoder(self.facts),
+            image_pixels=self.size[1] * self.size[2],
         )
         return result | {"predicted_gib": memory.total / GIB}
 
@@ -239,8 +246,10 @@ class TrainingBench:
         }
 
     def _make_trainer(self, transformer: Any, variant: Variant, folder: Path) -> Trainer:
-        frames, height, width = self.size
         trained = TrainedAdapter(transformer, "")
+        encoder = None
+        if self.facts.takes_image:
+            encoder = make_random_image_encoder(self.arguments.model, self.device, self.dtype)
         transformer.train()
         log = MetricsLog(
             folder, active=False, first_step=0, report_to="none", project="", wandb_mode="offline", config={}
@@ -252,13 +261,11 @@ class TrainingBench:
             model=transformer,
             denoiser=Denoiser(
                 self.facts,
-                num_latent_frames=self.facts.latent_shape(frames, height, width)[0],
-                height=height,
-                width=width,
                 device=self.device,
                 dtype=self.dtype,
                 min_snr_gamma=None,
                 autocast=variant.is_baseline and self.dtype != torch.float32,
+                image_encoder=encoder,
             ),
             optimizer=make_optimizer(list(trained.parameters().values()), self._config.optimizer),
             guard=StepGuard(self.device, use_loss_scale=self.dtype == torch.float16, max_grad_norm=1.0),
@@ -281,9 +288,18 @@ class TrainingBench:
             cache.write("latents", f"{number:040x}", {"mean": mean.half(), "logvar": mean.half() * 0 - 10})
             cache.write("text", f"{number:040x}", {"embeddings": text.half()})
             clip = Clip(str(number), Path("random.mp4"), "random")
-            entries.append(Entry(clip, f"{number:040x}", f"{number:040x}"))
+            image_key = f"{number:040x}" if self.facts.takes_image else None
+            if image_key is not None:
+                cache.write("images", image_key, {"image": make_random_image(self.size, generator)})
+            entries.append(Entry(clip, f"{number:040x}", f"{number:040x}", image_key))
         dataset = TrainingSet(
-            entries, cache, seed=0, scaling_factor=self.facts.scaling_factor, caption_dropout=0.1, timestep_strata=16
+            entries,
+            cache,
+            seed=0,
+            scaling_factor=self.facts.scaling_factor,
+            caption_dropout=0.1,
+            timestep_strata=16,
+            patch_size_t=self.facts.patch_size_t,
         )
         sampler = PositionSampler(
             first_step=0,

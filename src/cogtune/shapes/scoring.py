@@ -8,14 +8,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import CogVideoXPipeline
 from numpy.typing import NDArray
 
 from cogtune.draws import make_generator
-from cogtune.generation import load_adapters, load_pipeline, place_pipeline
+from cogtune.generation import Pipeline, load_adapters, load_pipeline, place_pipeline
 from cogtune.models import find_folder, read_facts
 from cogtune.shapes.captions import Prompt
 from cogtune.shapes.judge import Reading, read_video
@@ -67,7 +67,7 @@ class Scores:
         return f"right {100 * self.share():.1f} % of {self.num_videos} ({parts})"
 
 
-def load_scored_pipeline(model: str, lora: Path | None, device: torch.device) -> CogVideoXPipeline:
+def load_scored_pipeline(model: str, lora: Path | None, device: torch.device) -> Pipeline:
     """A pipeline in float32 on the device, silent, with an adapter if one is given."""
     pipeline = load_pipeline(read_facts(find_folder(model)), dtype=torch.float32)
     load_adapters(pipeline, [(lora, 1.0)] if lora else [])
@@ -82,7 +82,7 @@ def default_batch_size(device: torch.device) -> int:
 
 
 def sample_prompts(
-    pipeline: CogVideoXPipeline,
+    pipeline: Any,
     prompts: Sequence[str],
     *,
     seed: int,
@@ -110,7 +110,7 @@ def sample_prompts(
 
 @torch.no_grad()
 def score_prompts(
-    pipeline: CogVideoXPipeline,
+    pipeline: Any,
     prompts: Sequence[Prompt],
     *,
     seed: int,

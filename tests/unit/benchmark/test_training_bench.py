@@ -51,6 +51,19 @@ def test_train_measures_each_way_and_its_ratio_to_the_baseline(tmp_path: Path) -
     assert table.count(" x diffusers") == 4 and "1.00 x diffusers" in table
 
 
+@pytest.mark.parametrize("model", ["tiny-i2v", "tiny-1.5", "tiny-1.5-i2v"])
+def test_every_kind_of_model_is_measured(model: str) -> None:
+    """With its image encoded in every step, and the check against float32."""
+    results = training.run(
+        bench("--model", model, "--variants", "recompute+eager", "--baseline", "diffusers", "--check")
+    )
+    ours, stock = results["variants"]["recompute+eager"], results["variants"]["diffusers"]
+    assert ours["loss"] == pytest.approx(stock["loss"], rel=1e-4) and ours["predicted_gib"] > 0
+    assert ("image_encoding" in results) == model.endswith("i2v")
+    assert not model.endswith("i2v") or results["image_encoding"]["seconds"] > 0
+    assert results["check"]["recompute+eager"]["gradient_error"] < 1e-5
+
+
 def test_a_compiled_way_compiles_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
     from cogtune.benchmark import variants
 
