@@ -151,6 +151,11 @@ class MemorySettings(Section):
     mode: Literal["auto", "keep_products", "keep_all", "keep_attention", "recompute"] = "auto"
     """What the backward pass finds in memory: the outputs of matrix products and attention, all activations, attention
     outputs only, or block inputs only (least memory, slowest); auto: the fastest that the plan says will fit."""
+    resident_blocks: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Blocks whose frozen weights stay on the GPU; the others wait in page-locked host memory and are copied to the GPU
+    just in time. The same result; auto: as many as fit (docs/memory.md)."""
+    offloaded_blocks: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Blocks whose kept activations wait in host memory for the backward pass; the same result. auto: as is fastest."""
     allow_tf32: bool = True
     """TensorFloat-32 for float32 matrix products on a GPU (no effect on bfloat16 and float16 ones)."""
 

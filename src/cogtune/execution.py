@@ -16,6 +16,10 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from cogtune.streaming.activations import ActivationOffload
+from cogtune.streaming.blocks import find_stream
+from cogtune.streaming.passes import pass_through
+
 Activations = Literal["keep_all", "keep_products", "keep_attention", "recompute"]
 
 _ATTENTION_OPS = frozenset(
@@ -49,8 +53,12 @@ def configure_blocks(
     compiled: bool,
     has_dropout: bool,
     compiler: str = "inductor",
+    num_offloaded: int = 0,
 ) -> None:
-    """Sets up checkpointing and compilation of every block, in place."""
+    """Sets up checkpointing and compilation of every block, in place; streamed weights are streamed in both passes.
+
+    What `num_offloaded` of the blocks keep for the backward pass waits in host memory.
+    """
     run_block = _make_runner(activations, has_dropout=has_dropout)
     if compiled:
         # The checkpoint lies inside the compiled region: only there can attention outputs be kept apart.
@@ -58,8 +66,21 @@ def configure_blocks(
         for block in transformer.transformer_blocks:
             block.compile(dynamic=False, backend=compiler)
 
+    blocks = list(transformer.transformer_blocks.children())
+    numbers = {id(block): number for number, block in enumerate(blocks)}
+    stream = find_stream(transformer)
+    offload = None
+    if num_offloaded:
+        weights = [*transformer.parameters(), *transformer.buffers()]
+        offload = ActivationOffload(len(blocks), num_offloaded, weights[0].device, weights)
+
     def run(block: torch.nn.Module, hidden_states: torch.Tensor, text: torch.Tensor, *rest: Any) -> Any:
-        return run_block(block, _like_an_output(hidden_states), _like_an_output(text), *rest)
+        inputs = _like_an_output(hidden_states), _like_an_output(text)
+        if stream is None and offload is None:
+            return run_block(block, *inputs, *rest)
+        return pass_through(
+            partial(run_block, block), numbers[id(block)], *inputs, *rest, stream=stream, offload=offload
+        )
 
     transformer.enable_gradient_checkpointing(run)
 

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,9 +18,20 @@ from cogtune.errors import UserError
 from cogtune.float8 import check_float8_device
 from cogtune.frozen import count_float8_parameters
 from cogtune.generation import check_size
+from cogtune.ladder import BlockTimes, choose_rung, describe_rungs, list_rungs, predict_seconds
+from cogtune.machine import Machine, measure_machine
 from cogtune.manifest import Clip, read_manifest, split_validation
-from cogtune.memory import ACTIVATIONS_FAST_TO_SLOW, GIB, MemoryPlan, choose_activations, free_device_bytes, predict
+from cogtune.memory import (
+    GIB,
+    KEPT_UNITS,
+    MemoryPlan,
+    activation_bytes,
+    element_bytes,
+    free_device_bytes,
+    predict,
+)
 from cogtune.models import ModelFacts
+from cogtune.streaming.host import free_host_bytes
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,12 @@ class TrainingPlan(DataPlan):
     num_trainable: int
     tokens: int
     memory: MemoryPlan
+    rungs: list[MemoryPlan]
+    """What was chosen from, fastest first."""
+    machine: Machine
     free_bytes: int | None
+    free_host: int | None
+    """Host memory for each process."""
     compiled: bool
     num_float8: int
     """Frozen weights that are multiplied by in float8."""
@@ -110,6 +127,16 @@ class TrainingPlan(DataPlan):
         if self.num_float8:
             rows["float8"] = f"products with {self.num_float8:,} of the frozen parameters"
         return "\n".join(f"{name:<11} {value}" for name, value in rows.items())
+
+    def describe_rungs(self) -> str:
+        """The table of `--dry-run`: what each rung of memory takes and costs on this machine."""
+        host = "unknown" if self.free_host is None else f"{self.free_host / GIB:.1f} GiB"
+        return "\n".join(
+            [
+                f"{'machine':<11} {self.machine.describe()}; free host memory: {host}",
+                describe_rungs(self.rungs, self.memory, self.free_bytes, self.free_host),
+            ]
+        )
 
 
 def make_data_plan(config: RunConfig) -> DataPlan:
@@ -233,20 +260,12 @@ def _add_training(data: DataPlan, num_parameters: int, num_trainable: int, num_f
         device=data.device,
     )
     tokens = data.facts.num_tokens(form.num_frames, form.height, form.width)
-    plans = [
-        predict(
-            data.facts,
-            activations,
-            num_parameters=num_parameters,
-            num_trainable=num_trainable,
-            tokens=tokens,
-            batch_size=config.train.batch_size,
-            dtype=data.dtype,
-            num_float8=num_float8,
-        )
-        for activations in ACTIVATIONS_FAST_TO_SLOW
-    ]
     free = free_device_bytes(data.device)
+    free_host = free_host_bytes()
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    free_host = None if free_host is None else free_host // local_processes
+    machine = measure_machine(data.device, data.dtype)
+    rungs = _list_rungs(data, machine, tokens, free, num_parameters, num_trainable, num_float8)
     compiled = {"on": True, "off": False, "auto": data.device.type == "cuda"}[config.train.compile]
     return TrainingPlan(
         **vars(data),
@@ -254,9 +273,70 @@ def _add_training(data: DataPlan, num_parameters: int, num_trainable: int, num_f
         num_parameters=num_parameters,
         num_trainable=num_trainable,
         tokens=tokens,
-        memory=choose_activations(plans, config.memory.mode, free),
+        memory=choose_rung(rungs, config.memory, free, free_host),
+        rungs=rungs,
+        machine=machine,
         free_bytes=free,
+        free_host=free_host,
         compiled=compiled,
         num_float8=num_float8,
         autocast=num_parameters == 0 and data.dtype != torch.float32,
+    )
+
+
+def _list_rungs(
+    data: DataPlan,
+    machine: Machine,
+    tokens: int,
+    free_bytes: int | None,
+    num_parameters: int,
+    num_trainable: int,
+    num_float8: int,
+) -> list[MemoryPlan]:
+    """The ladder of this run; raises `UserError` for streaming where nothing can be streamed."""
+    facts, config = data.facts, data.config
+    settings, batch_size = config.memory, config.train.batch_size
+    frozen = bool(num_parameters)
+    streamable = frozen and not config.train.cuda_graph
+    asked = settings.resident_blocks != "auto" and settings.resident_blocks < facts.num_layers
+    if asked and not streamable:
+        why = "train.cuda_graph records addresses" if frozen else "full fine-tuning (train/sft.py) freezes no weight"
+        raise UserError(
+            f"memory.resident_blocks={settings.resident_blocks}: frozen weights are streamed, but {why}; remove one"
+        )
+    if config.train.cuda_graph and settings.offloaded_blocks not in ("auto", 0):
+        raise UserError(
+            f"memory.offloaded_blocks={settings.offloaded_blocks}: can't go with train.cuda_graph; remove one of them"
+        )
+    if config.train.cuda_graph:
+        settings = settings.model_copy(update={"offloaded_blocks": 0})
+    block = models.make_meta_transformer(facts).transformer_blocks[0]
+    num_block = sum(p.numel() for p in block.parameters()) if frozen else 0
+    unit = activation_bytes(facts, tokens, batch_size, data.dtype)
+    times = BlockTimes.of(facts, tokens, batch_size, machine)
+
+    def time_of(plan: MemoryPlan) -> float:
+        return predict_seconds(
+            plan,
+            times,
+            machine,
+            num_layers=facts.num_layers,
+            block_bytes=num_block * element_bytes(data.dtype),
+            kept_bytes=KEPT_UNITS[plan.activations] * unit,
+            weight_gradients=not frozen,
+        )
+
+    count = partial(
+        predict,
+        facts,
+        num_parameters=num_parameters,
+        num_trainable=num_trainable,
+        tokens=tokens,
+        batch_size=batch_size,
+        dtype=data.dtype,
+        num_float8=num_float8,
+        num_block_parameters=num_block,
+    )
+    return list_rungs(
+        count, time_of, settings, num_layers=facts.num_layers, free_bytes=free_bytes, streamable=streamable
     )

@@ -25,12 +25,13 @@ from cogtune.draws import derive_seed
 from cogtune.ema import Ema
 from cogtune.errors import UserError
 from cogtune.execution import configure_blocks
-from cogtune.frozen import quantize_base
+from cogtune.frozen import quantize_base, quantize_block
 from cogtune.memory import explain_out_of_memory
 from cogtune.optimization import StepGuard, make_optimizer
 from cogtune.plan import DataPlan, TrainingPlan
 from cogtune.preparation import EncodedData
 from cogtune.report import write_report
+from cogtune.streaming.blocks import stream_blocks
 from cogtune.tracking import MetricsLog
 from cogtune.trainer import Trained, Trainer
 from cogtune.validator import Validator
@@ -175,13 +176,23 @@ class Run:
         checkpoint = self.open_folder()
         torch.backends.cuda.matmul.allow_tf32 = config.memory.allow_tf32
         set_seed(config.train.seed)
-        transformer = trained.transformer.to(accelerator.device)
+        transformer, memory = trained.transformer, plan.memory
+        if memory.num_resident is None:
+            transformer.to(accelerator.device)
         backend = self._choose_attention(transformer)
-        if plan.num_float8:
+        if memory.num_resident is not None:
+            prepare = quantize_block if plan.num_float8 else None
+            where = accelerator.device
+            stream_blocks(transformer, "transformer_blocks", where, num_resident=memory.num_resident, prepare=prepare)
+        elif plan.num_float8:
             quantize_base(transformer)
         self._note_ways(backend)
         configure_blocks(
-            transformer, plan.memory.activations, compiled=plan.compiled, has_dropout=config.adapter.dropout > 0
+            transformer,
+            memory.activations,
+            compiled=plan.compiled,
+            has_dropout=config.adapter.dropout > 0,
+            num_offloaded=memory.num_offloaded,
         )
         model = accelerator.prepare_model(transformer)
         denoiser = Denoiser(
@@ -276,7 +287,7 @@ class Run:
         if self.accelerator.is_main_process:
             how = "each block compiled" if plan.compiled else "not compiled"
             base = ", frozen base in float8" if plan.num_float8 else ""
-            line = f"# Ran with: attention {backend}, activations {plan.memory.activations}, {how}{base}\n"
+            line = f"# Ran with: attention {backend}, activations {plan.memory.name()}, {how}{base}\n"
             path = self.folder / "config.yaml"
             path.write_text(line + path.read_text(encoding="utf-8"), encoding="utf-8")
 
