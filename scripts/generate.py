@@ -11,6 +11,7 @@ from cogtune.acceleration import (
     accelerate,
     choose_sampling_backend,
     decide_compile,
+    decide_offload,
     decide_tiling,
     merge_adapters,
     quantize_transformer,
@@ -47,12 +48,13 @@ def main() -> None:
         print(line)
     if options.merge == "on" or options.quantize != "none" or (options.merge == "auto" and device.type == "cuda"):
         merge_adapters(pipeline)
-    quantize_transformer(pipeline.transformer, options.quantize, device)
-    tiling = decide_tiling(options.vae_tiling, device)
-    place_pipeline(pipeline, device, offload=options.offload, vae_tiling=tiling)
-    coded = device.type == "cuda" and options.offload == "none" and not tiling
     first = requests[0]
     tokens = facts.num_tokens(first.num_frames, first.height, first.width)
+    offload = decide_offload(options.offload, pipeline, device, tokens)
+    prepare = quantize_transformer(pipeline.transformer, options.quantize, device, offload=offload)
+    tiling = decide_tiling(options.vae_tiling, device, offload)
+    place_pipeline(pipeline, device, offload=offload, vae_tiling=tiling, tokens=tokens, prepare=prepare)
+    coded = device.type == "cuda" and offload in ("none", "stream") and not tiling
     backend = choose_sampling_backend(facts, tokens, dtype, device)
     coder = accelerate(pipeline, compiled=compiled, cache=options.cache, coded=coded, backend=backend)
     cache = find_step_cache(pipeline.transformer)

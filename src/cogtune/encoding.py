@@ -23,6 +23,7 @@ from cogtune.decoding import ClipDecoder, ClipFormat, Decoded
 from cogtune.manifest import Clip
 from cogtune.models import ModelFacts
 from cogtune.overlap import Batch, EncodingTimes, encode_overlapped
+from cogtune.placement import make_coder, place_text_encoder
 from cogtune.vae.frame_coder import FrameCoder
 from cogtune.video import ClipError
 
@@ -101,7 +102,7 @@ def encode_captions(
     times: EncodingTimes | None = None
     if mine:
         tokenizer = models.load_tokenizer(facts)
-        encoder = models.load_text_encoder(facts, dtype).to(device) if encoder is None else encoder
+        encoder = place_text_encoder(models.load_text_encoder(facts, dtype), device) if encoder is None else encoder
         starts = tqdm(range(0, len(mine), TEXT_BATCH), "captions", unit="batch", disable=quiet)
         batches = (mine[start : start + TEXT_BATCH] for start in starts)
         length = facts.max_text_length
@@ -167,7 +168,7 @@ def encode_clips(
     times: EncodingTimes | None = None
     if mine:
         vae = models.load_vae(facts, dtype).to(device)  # pyright: ignore[reportArgumentType]
-        coder = _make_coder(vae, len(mine)) if device.type == "cuda" else None
+        coder = _choose_coder(vae, len(mine)) if device.type == "cuda" else None
         with ClipDecoder(clip_format, num_workers=num_workers, timeout_seconds=timeout_seconds) as decoder:
             outcomes = decoder.decode([by_key[key] for key in mine])
             shown = tqdm(outcomes, "clips", total=len(mine), unit="clip", disable=quiet)
@@ -188,10 +189,10 @@ def encode_clips(
     return times
 
 
-def _make_coder(vae: AutoencoderKLCogVideoX, num_clips: int) -> FrameCoder | None:
-    if num_clips < _CODED_FROM_CLIPS:
-        return None
-    return FrameCoder(vae, tune_convolutions=num_clips >= _TUNED_FROM_CLIPS)
+def _choose_coder(vae: AutoencoderKLCogVideoX, num_clips: int) -> FrameCoder | None:
+    """None, the stock way, for few clips where there is memory for it."""
+    coder = make_coder(vae, tune_convolutions=num_clips >= _TUNED_FROM_CLIPS)
+    return coder if coder.in_slabs or num_clips >= _CODED_FROM_CLIPS else None
 
 
 def _gather_batches(

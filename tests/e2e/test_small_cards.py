@@ -1,4 +1,4 @@
-"""Whole runs whose weights and activations wait on the host: the same adapter bit for bit, resume, and what is refused."""
+"""Runs whose weights and activations wait on the host: the same adapter bit for bit, resume, and what is refused."""
 
 from collections.abc import Callable
 from pathlib import Path
