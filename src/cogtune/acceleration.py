@@ -71,8 +71,8 @@ def quantize_transformer(
 ) -> Callable[[torch.nn.Module], object] | None:
     """Makes the blocks' linear layers smaller, in place; adapters must be merged before.
 
-    int8: weights only, with torchao: less memory, not faster. float8: weights and inputs, faster. Where blocks are to be
-    streamed, returns what is to be done to each of them on the device instead.
+    int8: weights only, with torchao: less memory, not faster. float8: weights and inputs, faster. Where blocks are to
+    be streamed, returns what is to be done to each of them on the device instead.
     """
     if kind == "float8":
         check_float8_device(device)

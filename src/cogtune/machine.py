@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-_SIZE = 4096
+_SIZE = 6144
 _COPY_BYTES = 64 << 20
 _REPEATS = 3
 

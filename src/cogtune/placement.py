@@ -81,6 +81,8 @@ def place_in_turns(
         (pipeline.transformer, TRANSFORMER_BLOCKS, _workspace_of(pipeline, tokens)),
     ]
     for model, name, workspace in parts:
+        if model is None:
+            continue
         count = len(list(model.get_submodule(name).children()))
         resident = count_residents(model, name, free, workspace)
         # One that fits alone leaves in its turn too: all of its blocks are resident, and released afterwards.

@@ -265,7 +265,17 @@ def _add_training(data: DataPlan, num_parameters: int, num_trainable: int, num_f
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
     free_host = None if free_host is None else free_host // local_processes
     machine = measure_machine(data.device, data.dtype)
-    rungs = _list_rungs(data, machine, tokens, free, num_parameters, num_trainable, num_float8)
+    rungs = list_training_rungs(
+        data.facts,
+        config,
+        dtype=data.dtype,
+        machine=machine,
+        tokens=tokens,
+        free_bytes=free,
+        num_parameters=num_parameters,
+        num_trainable=num_trainable,
+        num_float8=num_float8,
+    )
     compiled = {"on": True, "off": False, "auto": data.device.type == "cuda"}[config.train.compile]
     return TrainingPlan(
         **vars(data),
@@ -284,17 +294,19 @@ def _add_training(data: DataPlan, num_parameters: int, num_trainable: int, num_f
     )
 
 
-def _list_rungs(
-    data: DataPlan,
+def list_training_rungs(
+    facts: ModelFacts,
+    config: RunConfig,
+    *,
+    dtype: torch.dtype,
     machine: Machine,
     tokens: int,
     free_bytes: int | None,
     num_parameters: int,
     num_trainable: int,
-    num_float8: int,
+    num_float8: int = 0,
 ) -> list[MemoryPlan]:
-    """The ladder of this run; raises `UserError` for streaming where nothing can be streamed."""
-    facts, config = data.facts, data.config
+    """The ladder of a run; raises `UserError` for streaming where nothing can be streamed."""
     settings, batch_size = config.memory, config.train.batch_size
     frozen = bool(num_parameters)
     streamable = frozen and not config.train.cuda_graph
@@ -312,7 +324,7 @@ def _list_rungs(
         settings = settings.model_copy(update={"offloaded_blocks": 0})
     block = models.make_meta_transformer(facts).transformer_blocks[0]
     num_block = sum(p.numel() for p in block.parameters()) if frozen else 0
-    unit = activation_bytes(facts, tokens, batch_size, data.dtype)
+    unit = activation_bytes(facts, tokens, batch_size, dtype)
     times = BlockTimes.of(facts, tokens, batch_size, machine)
 
     def time_of(plan: MemoryPlan) -> float:
@@ -321,7 +333,7 @@ def _list_rungs(
             times,
             machine,
             num_layers=facts.num_layers,
-            block_bytes=num_block * element_bytes(data.dtype),
+            block_bytes=num_block * element_bytes(dtype),
             kept_bytes=KEPT_UNITS[plan.activations] * unit,
             weight_gradients=not frozen,
         )
@@ -333,7 +345,7 @@ def _list_rungs(
         num_trainable=num_trainable,
         tokens=tokens,
         batch_size=batch_size,
-        dtype=data.dtype,
+        dtype=dtype,
         num_float8=num_float8,
         num_block_parameters=num_block,
     )
