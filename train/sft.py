@@ -30,7 +30,14 @@ def main() -> None:
     run = Run(plan, accelerator, encode_data(plan, accelerator))
 
     card = make_model_card(config, plan.facts, num_clips=len(run.data.train), global_batch=plan.global_batch)
-    model = TrainedModel(load_transformer(plan.facts, torch.float32), plan.facts, card, export_dtype=plan.dtype)
+    model = TrainedModel(
+        load_transformer(plan.facts, torch.float32),
+        plan.facts,
+        card,
+        export_dtype=plan.dtype,
+        on_host=plan.memory.on_host,
+        device=accelerator.device,
+    )
     if not run.train(model):
         exit_after_signal(run)
     run.finish(model)

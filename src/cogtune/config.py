@@ -156,6 +156,10 @@ class MemorySettings(Section):
     just in time. The same result; auto: as many as fit (docs/memory.md)."""
     offloaded_blocks: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Blocks whose kept activations wait in host memory for the backward pass; the same result. auto: as is fastest."""
+    optimizer: Literal["auto", "device", "host"] = "auto"
+    """Where full fine-tuning keeps its float32 weights and AdamW's state. host: in host memory, updated there beside
+    the next forward pass; the GPU computes with streamed copies in `model.dtype` (not float16). auto: on the device if
+    they fit."""
     allow_tf32: bool = True
     """TensorFloat-32 for float32 matrix products on a GPU (no effect on bfloat16 and float16 ones)."""
 

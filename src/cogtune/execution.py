@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from cogtune.streaming.activations import ActivationOffload
 from cogtune.streaming.blocks import find_stream
+from cogtune.streaming.gradients import GradientStream
 from cogtune.streaming.passes import pass_through
 
 Activations = Literal["keep_all", "keep_products", "keep_attention", "recompute"]
@@ -54,10 +55,12 @@ def configure_blocks(
     has_dropout: bool,
     compiler: str = "inductor",
     num_offloaded: int = 0,
+    gradients: GradientStream | None = None,
 ) -> None:
     """Sets up checkpointing and compilation of every block, in place; streamed weights are streamed in both passes.
 
-    What `num_offloaded` of the blocks keep for the backward pass waits in host memory.
+    What `num_offloaded` of the blocks keep for the backward pass waits in host memory. `gradients` takes each trained
+    block's away when they are there.
     """
     run_block = _make_runner(activations, has_dropout=has_dropout)
     if compiled:
@@ -76,11 +79,11 @@ def configure_blocks(
 
     def run(block: torch.nn.Module, hidden_states: torch.Tensor, text: torch.Tensor, *rest: Any) -> Any:
         inputs = _like_an_output(hidden_states), _like_an_output(text)
-        if stream is None and offload is None:
+        if stream is None and offload is None and gradients is None:
             return run_block(block, *inputs, *rest)
-        return pass_through(
-            partial(run_block, block), numbers[id(block)], *inputs, *rest, stream=stream, offload=offload
-        )
+        this_block = partial(run_block, block)
+        number = numbers[id(block)]
+        return pass_through(this_block, number, *inputs, *rest, stream=stream, offload=offload, gradients=gradients)
 
     transformer.enable_gradient_checkpointing(run)
 

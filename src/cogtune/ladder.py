@@ -26,6 +26,11 @@ _ELEMENTWISE_SHARE = 0.15
 """Time of norms, gates and activations beside a block's products, in each direction."""
 _COPY_SHARE = 0.1
 """Part of a copy's time that isn't hidden even where it runs beside longer work: it takes memory bandwidth. A guess."""
+_UPDATE_TRAFFIC = 18.0
+"""Host memory read and written by an update, in bytes a byte of the weights' copy: three float32 tensors read and
+written, the gradient read and widened, the copy written. Counted."""
+_HOST_BYTES_PER_SECOND = 100e9
+"""What AdamW on a host's cores gets of its memory's bandwidth. A guess."""
 _RECOMPUTED: dict[Activations, tuple[float, float]] = {
     "keep_all": (0.0, 0.0),
     "keep_products": (0.03, 0.0),
@@ -55,11 +60,11 @@ class BlockTimes:
             2.5 * attention / (machine.flops * _ATTENTION_BACKWARD),
         )
 
-    def forward(self) -> float:
+    def forward_seconds(self) -> float:
         """The forward pass of a block."""
         return (self.linear + self.attention_forward) * (1 + _ELEMENTWISE_SHARE)
 
-    def backward(self, activations: Activations, *, weight_gradients: bool) -> float:
+    def backward_seconds(self, activations: Activations, *, weight_gradients: bool) -> float:
         """Its backward pass, with what is computed again."""
         linear, attention = _RECOMPUTED[activations]
         own = self.linear * (2 if weight_gradients else 1) + self.attention_backward
@@ -78,12 +83,15 @@ def predict_seconds(
     weight_gradients: bool,
 ) -> float:
     """A step of all blocks: each pass takes as long as its work or its copies, whichever is longer, and a little."""
-    streamed = 0 if plan.num_resident is None else (num_layers - plan.num_resident) * block_bytes
+    num_streamed = num_layers if plan.on_host else num_layers - (plan.num_resident or 0)
+    streamed = 0 if plan.num_resident is None and not plan.on_host else num_streamed * block_bytes
     kept = plan.num_offloaded * kept_bytes
     forward, backward = (
-        num_layers * times.forward(),
-        num_layers * times.backward(plan.activations, weight_gradients=weight_gradients),
+        num_layers * times.forward_seconds(),
+        num_layers * times.backward_seconds(plan.activations, weight_gradients=weight_gradients),
     )
+    if plan.on_host:  # the update runs beside the forward pass and is read block by block
+        forward = max(forward, num_layers * block_bytes * _UPDATE_TRAFFIC / _HOST_BYTES_PER_SECOND)
     copied = (max(streamed, kept) / machine.link, (streamed + kept) / machine.link)
     passes = zip((forward, backward), copied, strict=True)
     return sum(max(computing, copying) + _COPY_SHARE * copying for computing, copying in passes)
@@ -116,8 +124,13 @@ def list_rungs(
                     fitting = min(fitting, num_layers - 1)
                     plan = predict(mode, num_resident=fitting, num_offloaded=num_offloaded)
                 found.append(replace(plan, seconds=time_of(plan)))
-    fastest = min(plan.seconds for plan in found)
-    return sorted(found, key=lambda plan: (round(plan.seconds / fastest, 3), plan.host, -plan.total))
+    return sort_rungs(found)
+
+
+def sort_rungs(rungs: Sequence[MemoryPlan]) -> list[MemoryPlan]:
+    """Fastest first; of equally fast ones, what asks less of the host and keeps more on the device."""
+    fastest = min(rung.seconds for rung in rungs)
+    return sorted(rungs, key=lambda rung: (round(rung.seconds / fastest, 3), rung.host, -rung.total))
 
 
 def _offload_counts(settings: MemorySettings, num_layers: int, free_bytes: int | None) -> list[int]:

@@ -34,9 +34,14 @@ within 3 %. Blocks that are not compiled keep more.
 """
 OFFLOADED_AT_ONCE = 2
 """Offloaded blocks whose activations are on the device: one that computes, one on its way. Counted."""
+GRADIENTS_AT_ONCE = 2
+"""Blocks whose gradients are on the device where the optimizer is on the host: made, and leaving. Counted."""
 SAMPLING_UNITS = 10.0
 """Activation tensors alive at once while sampling, each of the whole batch. Counted: the sequence, its modulated copy,
 q, k and v in one, q and k rotated, attention's output, or the feed-forward's inner product (4); not fitted."""
+HOST_OPTIMIZER_BYTES = 12
+"""A trained weight on the host in float32 and two moments; its copy and its gradient in the run's precision come on
+top. Counted."""
 TRAINED_BYTES = 16
 """A trained weight in float32, its gradient and two moments. Counted."""
 ACTIVATIONS_FAST_TO_SLOW: tuple[Activations, ...] = ("keep_all", "keep_products", "keep_attention", "recompute")
@@ -50,7 +55,7 @@ class MemoryPlan:
     weights: int
     """Frozen weights on the device."""
     trainable: int
-    """Trained weights in float32 with gradients and optimizer state."""
+    """Trained weights in float32 with gradients and optimizer state; on the host, the gradients on their way there."""
     kept: int
     workspace: int
     num_resident: int | None = None
@@ -59,6 +64,8 @@ class MemoryPlan:
     """Blocks whose kept activations wait on the host."""
     host: int = 0
     """Page-locked host memory."""
+    on_host: bool = False
+    """The trained weights and the optimizer's state are in host memory; all blocks are streamed."""
     seconds: float = 0.0
     """Predicted time of a step; comparable within one list of plans only."""
 
@@ -70,7 +77,9 @@ class MemoryPlan:
     def name(self) -> str:
         """The rung in words."""
         parts: list[str] = [self.activations]
-        if self.num_resident is not None:
+        if self.on_host:
+            parts.append("weights and optimizer on the host")
+        elif self.num_resident is not None:
             parts.append(f"{self.num_resident} blocks resident, others streamed")
         if self.num_offloaded:
             parts.append(f"activations of {self.num_offloaded} blocks on the host")
@@ -112,11 +121,13 @@ def predict(
     num_block_parameters: int = 0,
     num_resident: int | None = None,
     num_offloaded: int = 0,
+    on_host: bool = False,
 ) -> MemoryPlan:
     """The plan for a transformer of `num_parameters` frozen and `num_trainable` trained ones.
 
     `num_float8` of the frozen ones are kept twice in float8, once for each direction, instead of once in `dtype`.
-    `num_block_parameters` of the frozen ones are in each block, and `num_resident` of the blocks are not streamed.
+    `num_block_parameters` are in each block, and `num_resident` of the blocks are not streamed. `on_host`: all are
+    trained, and the device has copies of two blocks, and the gradients of two.
     """
     size = element_bytes(dtype)
     unit = activation_bytes(facts, tokens, batch_size, dtype)
@@ -129,15 +140,22 @@ def predict(
         host += block * facts.num_layers
         slots = min(DEFAULT_SLOTS, facts.num_layers - num_resident)
         weights -= block * (facts.num_layers - num_resident - slots)
+    trainable = num_trainable * TRAINED_BYTES
+    if on_host:
+        block = num_block_parameters * size
+        outside = num_trainable * size - facts.num_layers * block
+        weights, trainable = outside + DEFAULT_SLOTS * block, outside + GRADIENTS_AT_ONCE * block
+        host += num_trainable * (2 * size + HOST_OPTIMIZER_BYTES)
     return MemoryPlan(
         activations=activations,
         weights=weights,
-        trainable=num_trainable * TRAINED_BYTES,
+        trainable=trainable,
         kept=int(at_once * kept_by_block),
         workspace=int(WORKSPACE_UNITS * unit),
         num_resident=num_resident,
         num_offloaded=num_offloaded,
         host=host,
+        on_host=on_host,
     )
 
 
@@ -157,7 +175,7 @@ def explain_out_of_memory(plan: MemoryPlan, error: BaseException) -> str:
     """What to turn after the device ran out of memory."""
     first_line = str(error).splitlines()[0][:300]
     steps = [] if plan.activations == "recompute" else ["memory.mode=recompute"]
-    if plan.num_resident != 0:
+    if plan.num_resident != 0 and not plan.on_host:
         saved = plan.weights if plan.num_resident is None else plan.weights // (plan.num_resident + DEFAULT_SLOTS)
         steps.append(f"memory.resident_blocks={_fewer(plan.num_resident)} (gives back up to {saved / GIB:.1f} GiB)")
     if not plan.num_offloaded:

@@ -18,7 +18,7 @@ from cogtune.errors import UserError
 from cogtune.float8 import check_float8_device
 from cogtune.frozen import count_float8_parameters
 from cogtune.generation import check_size
-from cogtune.ladder import BlockTimes, choose_rung, describe_rungs, list_rungs, predict_seconds
+from cogtune.ladder import BlockTimes, choose_rung, describe_rungs, list_rungs, predict_seconds, sort_rungs
 from cogtune.machine import Machine, measure_machine
 from cogtune.manifest import Clip, read_manifest, split_validation
 from cogtune.memory import (
@@ -252,6 +252,7 @@ def _add_training(data: DataPlan, num_parameters: int, num_trainable: int, num_f
     config, form = data.config, data.clip_format
     _refuse_missing_files([*data.train_clips, *data.validation_clips], config)
     _check_cuda_graph(data)
+    _check_optimizer(config, data.dtype, full=num_parameters == 0)
     check_backend(
         config.train.attention,
         num_heads=data.facts.num_heads,
@@ -276,6 +277,7 @@ def _add_training(data: DataPlan, num_parameters: int, num_trainable: int, num_f
         num_trainable=num_trainable,
         num_float8=num_float8,
     )
+    memory = choose_rung(rungs, config.memory, free, free_host)
     compiled = {"on": True, "off": False, "auto": data.device.type == "cuda"}[config.train.compile]
     return TrainingPlan(
         **vars(data),
@@ -283,14 +285,14 @@ def _add_training(data: DataPlan, num_parameters: int, num_trainable: int, num_f
         num_parameters=num_parameters,
         num_trainable=num_trainable,
         tokens=tokens,
-        memory=choose_rung(rungs, config.memory, free, free_host),
+        memory=memory,
         rungs=rungs,
         machine=machine,
         free_bytes=free,
         free_host=free_host,
         compiled=compiled,
         num_float8=num_float8,
-        autocast=num_parameters == 0 and data.dtype != torch.float32,
+        autocast=num_parameters == 0 and data.dtype != torch.float32 and not memory.on_host,
     )
 
 
@@ -323,7 +325,7 @@ def list_training_rungs(
     if config.train.cuda_graph:
         settings = settings.model_copy(update={"offloaded_blocks": 0})
     block = models.make_meta_transformer(facts).transformer_blocks[0]
-    num_block = sum(p.numel() for p in block.parameters()) if frozen else 0
+    num_block = sum(p.numel() for p in block.parameters())
     unit = activation_bytes(facts, tokens, batch_size, dtype)
     times = BlockTimes.of(facts, tokens, batch_size, machine)
 
@@ -349,6 +351,32 @@ def list_training_rungs(
         num_float8=num_float8,
         num_block_parameters=num_block,
     )
-    return list_rungs(
-        count, time_of, settings, num_layers=facts.num_layers, free_bytes=free_bytes, streamable=streamable
-    )
+    shape = {"num_layers": facts.num_layers, "free_bytes": free_bytes, "streamable": streamable}
+    if frozen or settings.optimizer == "device" or _why_not_on_host(config, dtype):
+        return list_rungs(count, time_of, settings, **shape)
+    on_host = list_rungs(partial(count, on_host=True), time_of, settings, **shape)
+    if settings.optimizer == "host":
+        return on_host
+    on_device = list_rungs(count, time_of, settings, **shape)
+    return on_device if free_bytes is None else sort_rungs([*on_device, *on_host])
+
+
+def _why_not_on_host(config: RunConfig, dtype: torch.dtype) -> str:
+    """What keeps a full fine-tuning's optimizer off the host; empty where nothing does."""
+    reasons = {
+        "float16 needs loss scaling; set model.dtype=bfloat16": dtype == torch.float16,
+        "train.gradient_accumulation_steps must be 1": config.train.gradient_accumulation_steps > 1,
+        "train.ema_decay must be null": config.train.ema_decay is not None,
+        "train.cuda_graph must be false": config.train.cuda_graph,
+        "it needs one process": int(os.environ.get("WORLD_SIZE", "1")) > 1,
+    }
+    return "; ".join(reason for reason, holds in reasons.items() if holds)
+
+
+def _check_optimizer(config: RunConfig, dtype: torch.dtype, *, full: bool) -> None:
+    """Raises `UserError` where memory.optimizer=host can't be."""
+    if config.memory.optimizer != "host":
+        return
+    why = _why_not_on_host(config, dtype) if full else "it is for full fine-tuning (train/sft.py)"
+    if why:
+        raise UserError(f"memory.optimizer=host: {why}; or set memory.optimizer=device")

@@ -26,6 +26,7 @@ from cogtune.ema import Ema
 from cogtune.errors import UserError
 from cogtune.execution import configure_blocks
 from cogtune.frozen import quantize_base, quantize_block
+from cogtune.host_training import HostAdamW, HostStepGuard
 from cogtune.memory import explain_out_of_memory
 from cogtune.optimization import StepGuard, make_optimizer
 from cogtune.plan import DataPlan, TrainingPlan
@@ -177,10 +178,10 @@ class Run:
         torch.backends.cuda.matmul.allow_tf32 = config.memory.allow_tf32
         set_seed(config.train.seed)
         transformer, memory = trained.transformer, plan.memory
-        if memory.num_resident is None:
+        if memory.num_resident is None and trained.host is None:
             transformer.to(accelerator.device)
         backend = self._choose_attention(transformer)
-        if memory.num_resident is not None:
+        if memory.num_resident is not None and trained.host is None:
             prepare = quantize_block if plan.num_float8 else None
             where = accelerator.device
             stream_blocks(transformer, "transformer_blocks", where, num_resident=memory.num_resident, prepare=prepare)
@@ -193,6 +194,7 @@ class Run:
             compiled=plan.compiled,
             has_dropout=config.adapter.dropout > 0,
             num_offloaded=memory.num_offloaded,
+            gradients=None if trained.host is None else trained.host.gradients,
         )
         model = accelerator.prepare_model(transformer)
         denoiser = Denoiser(
@@ -207,10 +209,7 @@ class Run:
             base=trained.base if plan.hold_prior or plan.hold_dropped else None,
             ask_base=self._when_to_ask_base(),
         )
-        optimizer = make_optimizer(list(trained.parameters().values()), config.optimizer)
-        guard = StepGuard(
-            accelerator.device, use_loss_scale=plan.dtype == torch.float16, max_grad_norm=config.optimizer.max_grad_norm
-        )
+        optimizer, guard = self._make_optimizer(trained)
         first_step = checkpoint.step if checkpoint else 0
         tracking = config.tracking
         with MetricsLog(
@@ -260,6 +259,15 @@ class Run:
         if self.config.train.cuda_graph:
             return "always"
         return "samples" if self.accelerator.device.type == "cpu" else "batch"
+
+    def _make_optimizer(self, trained: Trained) -> tuple[torch.optim.Optimizer, StepGuard | HostStepGuard]:
+        settings, device = self.config.optimizer, self.accelerator.device
+        if trained.host is not None:
+            on_host = HostAdamW(trained.host, settings)
+            return on_host, HostStepGuard(trained.host, on_host, max_grad_norm=settings.max_grad_norm)
+        use_scale = self.plan.dtype == torch.float16
+        guard = StepGuard(device, use_loss_scale=use_scale, max_grad_norm=settings.max_grad_norm)
+        return make_optimizer(list(trained.parameters().values()), settings), guard
 
     def _choose_attention(self, transformer: Any) -> Backend:
         """Measures the attention kernels for this run's shape and takes one."""

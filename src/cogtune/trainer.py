@@ -24,6 +24,7 @@ from cogtune.denoiser import Denoiser
 from cogtune.draws import derive_seed
 from cogtune.ema import Ema
 from cogtune.errors import UserError
+from cogtune.host_training import HostStepGuard
 from cogtune.memory import GIB
 from cogtune.optimization import StepGuard, learning_rate_at
 from cogtune.recorded_pass import RecordedPass
@@ -36,6 +37,8 @@ class Trained(Protocol):
     transformer: Any
     base: Callable[[], contextlib.AbstractContextManager[None]] | None
     """Inside this context the transformer is the base model; None where that is not kept."""
+    host: Any
+    """Float32 weights in host memory (`host_training.HostWeights`), or None."""
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """The trained parameters by name."""
@@ -75,7 +78,7 @@ class Trainer:
         model: torch.nn.Module,
         denoiser: Denoiser,
         optimizer: torch.optim.Optimizer,
-        guard: StepGuard,
+        guard: StepGuard | HostStepGuard,
         make_loader: Callable[[int], DataLoader[Batch]],
         checkpoints: CheckpointFolder,
         log: MetricsLog,

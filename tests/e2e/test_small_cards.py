@@ -84,3 +84,33 @@ def test_the_dry_run_shows_the_ladder(options: Callable[..., list[str]], run_com
 def test_what_can_not_be_streamed_is_refused(options: Callable[..., list[str]], run_command: Any) -> None:
     outcome = run_command(SFT, *options("run", memory__resident_blocks=0))
     assert outcome.code == 2 and "memory.resident_blocks=0" in outcome.err and "freezes no weight" in outcome.err
+
+
+def test_full_fine_tuning_with_weights_and_optimizer_on_the_host(
+    options: Callable[..., list[str]], run_command: Any, tmp_path: Path
+) -> None:
+    settings = {"optimizer__learning_rate": 1e-3, "memory__mode": "recompute"}
+    assert run_command(SFT, *options("device", **settings)).code == 0
+    outcome = run_command(SFT, *options("host", memory__optimizer="host", memory__offloaded_blocks=1, **settings))
+    assert outcome.code == 0, outcome.err
+    assert "weights and optimizer on the host" in outcome.out
+    for device, host in zip(read_rows(tmp_path / "device"), read_rows(tmp_path / "host"), strict=True):
+        assert host == pytest.approx(device, rel=2e-3)
+    weights = "final/transformer/diffusion_pytorch_model.safetensors"
+    device, host = (load_file(tmp_path / name / weights) for name in ("device", "host"))
+    assert device.keys() == host.keys()
+    for name, value in device.items():
+        torch.testing.assert_close(host[name], value, rtol=0, atol=5e-4)
+    last = tmp_path / "host/checkpoints/step-000004"
+    last.rename(tmp_path / "straight")
+    outcome = run_command(SFT, *options("host", memory__optimizer="host", memory__offloaded_blocks=1, **settings))
+    assert outcome.code == 0 and "at step 2" in outcome.out
+    for name in ("weights.safetensors", "optimizer.safetensors"):
+        assert_equal_files(tmp_path / "straight" / name, last / name)
+
+
+def test_where_the_optimizer_can_not_be_on_the_host(options: Callable[..., list[str]], run_command: Any) -> None:
+    outcome = run_command(LORA, *options("run", memory__optimizer="host"))
+    assert outcome.code == 2 and "memory.optimizer=host: it is for full fine-tuning" in outcome.err
+    outcome = run_command(SFT, *options("run", memory__optimizer="host", train__ema_decay=0.9))
+    assert outcome.code == 2 and "train.ema_decay must be null" in outcome.err

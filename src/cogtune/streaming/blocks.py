@@ -38,6 +38,11 @@ def frozen_tensors(block: nn.Module) -> list[Tensor]:
     return [p for p in block.parameters() if not p.requires_grad] + list(block.buffers())
 
 
+def all_tensors(block: nn.Module) -> list[Tensor]:
+    """Every parameter and buffer of a block."""
+    return [*block.parameters(), *block.buffers()]
+
+
 def _span(tensor: Tensor) -> int:
     """Bytes from a tensor's first element to its last."""
     if tensor.numel() == 0:
@@ -62,16 +67,19 @@ def _lay_out(tensors: Sequence[Tensor]) -> tuple[list[_Place], int]:
 
 
 class FlatBlock:
-    """A block's frozen tensors as one range of bytes: always on the host, on the device from `load` to `release`."""
+    """Tensors of a block as one range of bytes: always on the host, on the device from `load` to `release`."""
 
-    def __init__(self, block: nn.Module, device: torch.device) -> None:
-        places, self.num_bytes = _lay_out(frozen_tensors(block))
+    def __init__(self, tensors: Sequence[Tensor], device: torch.device) -> None:
+        places, self.num_bytes = _lay_out(tensors)
         self.host = HostBuffer(self.num_bytes, page_locked=device.type == "cuda")
         self.device_bytes = torch.empty(self.num_bytes, dtype=torch.uint8, device=device)
+        self.on_host: dict[int, Tensor] = {}
+        """Each tensor's values on the host, by the tensor's identity."""
         with torch.no_grad():
             for place in places:
                 on_host, on_device = (self._view(whole, place) for whole in (self.host.bytes, self.device_bytes))
                 on_host.copy_(place.tensor)
+                self.on_host[id(place.tensor)] = on_host
                 # The tensor object stays, and its version with it: autograd doesn't see the memory come and go.
                 place.tensor.data = on_device
         self.is_loaded = True
@@ -113,10 +121,12 @@ class BlockStream:
         num_resident: int,
         num_slots: int = DEFAULT_SLOTS,
         prepare: Callable[[nn.Module], object] | None = None,
+        select: Callable[[nn.Module], list[Tensor]] = frozen_tensors,
     ) -> None:
         """`num_resident` blocks stay once they came; `num_slots` of the others are there at once.
 
-        `prepare` is called with each block on the device, one at a time, before it leaves.
+        `prepare` is called with each block on the device, one at a time, before it leaves; `select` says which of its
+        tensors leave.
         """
         if not 0 <= num_resident <= len(blocks) or num_slots < 1:
             raise ValueError(f"{num_resident} resident of {len(blocks)} blocks, {num_slots} slots")
@@ -127,12 +137,14 @@ class BlockStream:
             if prepare is not None:
                 prepare(block.to(device))
             with torch.cuda.stream(self._copying):  # memory for copies comes from this stream's pool alone
-                self.flat.append(FlatBlock(block, device))
+                self.flat.append(FlatBlock(select(block), device))
         self._indices = {id(block): index for index, block in enumerate(blocks)}
         self._streamed = choose_streamed(len(blocks), num_resident)
         self._position = {index: position for position, index in enumerate(self._streamed)}
         self._arrived: dict[int, torch.cuda.Event] = {}
         self._in_use: int | None = None
+        self.before_load: Callable[[int], None] | None = None
+        """Called before a block's host memory is read: waits for who writes it."""
 
     def index_of(self, block: nn.Module) -> int:
         """A block's number."""
@@ -159,6 +171,12 @@ class BlockStream:
             if not self.flat[following].is_loaded:
                 self._make_room(wanted)
                 self._load(following)
+
+    def forget(self) -> None:
+        """The blocks on the device are out of date: whichever is entered next comes anew, the resident ones too."""
+        for index in self.loaded():
+            self._arrived.pop(index, None)
+            self.flat[index].release()
 
     def release(self) -> None:
         """Frees the device memory of all blocks, the resident ones too; they come back when they are entered."""
@@ -196,6 +214,8 @@ class BlockStream:
             self.flat[gone].release()
 
     def _load(self, index: int) -> None:
+        if self.before_load is not None:
+            self.before_load(index)
         if self._copying is None:
             self.flat[index].load()
             return
@@ -244,6 +264,7 @@ def stream_blocks(
     num_resident: int,
     num_slots: int = DEFAULT_SLOTS,
     prepare: Callable[[nn.Module], object] | None = None,
+    select: Callable[[nn.Module], list[Tensor]] = frozen_tensors,
 ) -> BlockStream:
     """Puts a model on the device, but for the blocks in its list `name`, which wait on the host; in place.
 
@@ -253,7 +274,9 @@ def stream_blocks(
     parent_name, _, list_name = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     blocks = getattr(parent, list_name)
-    stream = BlockStream(list(blocks), device, num_resident=num_resident, num_slots=num_slots, prepare=prepare)
+    stream = BlockStream(
+        list(blocks), device, num_resident=num_resident, num_slots=num_slots, prepare=prepare, select=select
+    )
     setattr(parent, list_name, StreamedBlocks(blocks, stream))
     model.to(device)
     # Every process has read the same weights; there is nothing to broadcast while they are away.

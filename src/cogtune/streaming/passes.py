@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cogtune.streaming.activations import ActivationOffload
 from cogtune.streaming.blocks import BlockStream
+from cogtune.streaming.gradients import GradientStream
 
 
 class _Boundary(torch.autograd.Function):
@@ -34,6 +35,7 @@ def pass_through(
     *rest: Any,
     stream: BlockStream | None,
     offload: ActivationOffload | None,
+    gradients: GradientStream | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Block `index` of `run(hidden_states, text, *rest)`, whose weights are there already for the forward pass."""
 
@@ -45,6 +47,8 @@ def pass_through(
             offload.fetch_before(index)
 
     def end_backward() -> None:
+        if gradients is not None:
+            gradients.send(index)
         if stream is not None:
             stream.leave(index, "training backward")
         if offload is not None:
