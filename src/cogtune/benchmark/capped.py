@@ -14,20 +14,24 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 
 from cogtune.acceleration import accelerate, decide_offload
-from cogtune.adapter import adapter_parameters, add_lora
+from cogtune.adapter import TrainedAdapter, adapter_parameters, add_lora
 from cogtune.attention import install_attention
 from cogtune.attention_backends import activate, choose_backend, measure_backends
 from cogtune.benchmark.autoencoder import make_random_vae
 from cogtune.benchmark.clock import Marks, synchronize
 from cogtune.benchmark.training import TrainingBench
-from cogtune.benchmark.variants import Variant
+from cogtune.checkpoint import CheckpointFolder
 from cogtune.config import MemorySettings
+from cogtune.denoiser import Denoiser
 from cogtune.encoding import embed_tokens
 from cogtune.execution import configure_blocks
+from cogtune.full import TrainedModel
 from cogtune.generation import Request, decode_latents, generate_latents, make_pipeline, place_pipeline
+from cogtune.host_training import HostAdamW, HostStepGuard
 from cogtune.ladder import choose_rung
 from cogtune.machine import measure_machine
 from cogtune.memory import GIB, free_device_bytes
+from cogtune.optimization import StepGuard, make_optimizer
 from cogtune.placement import (
     TEXT_BLOCKS,
     TRANSFORMER_BLOCKS,
@@ -40,6 +44,8 @@ from cogtune.plan import list_training_rungs
 from cogtune.random_pipeline import ARCHITECTURES, make_random_on_host, make_text_config
 from cogtune.streaming.blocks import DEFAULT_SLOTS, find_stream, stream_blocks
 from cogtune.streaming.host import free_host_bytes
+from cogtune.tracking import MetricsLog
+from cogtune.trainer import Trainer
 
 
 class CappedRun:
@@ -54,20 +60,21 @@ class CappedRun:
             index = torch.cuda.current_device()
             total = torch.cuda.mem_get_info(index)[1]
             torch.cuda.set_per_process_memory_fraction(min(1.0, self.task.cap * 1e9 / total), index)
+        self.free_host = free_host_bytes()  # as a plan sees it, before weights are loaded
         self.settings = MemorySettings.model_validate(dict(pair.split("=", 1) for pair in self.task.set))
         self.config = self.bench._config.model_copy(update={"memory": self.settings})
 
     def measure(self) -> dict[str, Any]:
         """The job's numbers."""
         started = time.perf_counter()
-        result = {"lora": self._train, "generate": self._generate}[self.task.job]()
+        result = {"lora": self._train, "sft": self._train, "generate": self._generate}[self.task.job]()
         return result | {"process_seconds": time.perf_counter() - started}
 
-    def _make_transformer(self) -> Any:
+    def _make_transformer(self, dtype: torch.dtype) -> Any:
         def build() -> torch.nn.Module:
             return CogVideoXTransformer3DModel(**ARCHITECTURES[self.task.model][0])
 
-        model = make_random_on_host(build, TRANSFORMER_BLOCKS, device=self.device, dtype=self.dtype)
+        model = make_random_on_host(build, TRANSFORMER_BLOCKS, device=self.device, dtype=dtype)
         self._clear()
         return model
 
@@ -77,13 +84,13 @@ class CappedRun:
             torch.cuda.empty_cache()
 
     def _train(self) -> dict[str, Any]:
-        transformer = self._make_transformer()
+        """LoRA, or full fine-tuning, on the rung that a run would take."""
+        full = self.task.job == "sft"
+        transformer = self._make_transformer(torch.float32 if full else self.dtype)
         num_parameters = sum(p.numel() for p in transformer.parameters())
-        add_lora(transformer, self.config.adapter, seed=1)
-        trainable = adapter_parameters(transformer)
-        for name, parameter in trainable.items():
-            if "lora_B" in name:
-                parameter.data.normal_(std=0.01, generator=torch.Generator().manual_seed(2))
+        if not full:
+            add_lora(transformer, self.config.adapter, seed=1)
+        num_trainable = num_parameters if full else sum(p.numel() for p in adapter_parameters(transformer).values())
         free, machine = free_device_bytes(self.device), measure_machine(self.device, self.dtype)
         rungs = list_training_rungs(
             self.facts,
@@ -92,28 +99,41 @@ class CappedRun:
             machine=machine,
             tokens=self.bench.tokens,
             free_bytes=free,
-            num_parameters=num_parameters,
-            num_trainable=sum(p.numel() for p in trainable.values()),
+            num_parameters=0 if full else num_parameters,
+            num_trainable=num_trainable,
         )
-        rung = choose_rung(rungs, self.settings, free, free_host_bytes())
-        if rung.num_resident is None:
+        rung = choose_rung(rungs, self.settings, free, self.free_host)
+        trained = TrainedAdapter(transformer, "")
+        if full:
+            trained = TrainedModel(
+                transformer,
+                self.facts,
+                "",
+                export_dtype=self.dtype,
+                on_host=rung.on_host,
+                device=self.device,
+            )
+        elif rung.num_resident is None:
             transformer.to(self.device)
         self._install_attention(transformer)
         if rung.num_resident is not None:
             stream_blocks(transformer, TRANSFORMER_BLOCKS, self.device, num_resident=rung.num_resident)
+        elif full and trained.host is None:
+            transformer.to(self.device)
         configure_blocks(
             transformer,
             rung.activations,
             compiled=self.task.compile == "on",
             has_dropout=False,
             num_offloaded=rung.num_offloaded,
+            gradients=None if trained.host is None else trained.host.gradients,
         )
         self._clear()
         with tempfile.TemporaryDirectory() as folder:
-            trainer = self.bench._make_trainer(transformer, Variant(rung.activations, rung.activations), Path(folder))
+            trainer = self._make_trainer(trained, Path(folder), autocast=full and trained.host is None)
             batches = iter(self.bench._make_loader(Path(folder)))
-            reset_peak(self.device)
             warm = self.bench._timed(trainer, batches, self.task.warmup)
+            reset_peak(self.device)  # compiling and measuring are over
             seconds = self.bench._timed(trainer, batches, self.task.steps)
         return {
             "way": rung.name(),
@@ -126,6 +146,41 @@ class CappedRun:
             "machine": machine.describe(),
             **peaks(self.device),
         }
+
+    def _make_trainer(self, trained: TrainedAdapter | TrainedModel, folder: Path, *, autocast: bool) -> Trainer:
+        frames, height, width = self.bench.size
+        if trained.host is None:
+            optimizer = make_optimizer(list(trained.parameters().values()), self.config.optimizer)
+            guard = StepGuard(self.device, use_loss_scale=self.dtype == torch.float16, max_grad_norm=1.0)
+        else:
+            optimizer = HostAdamW(trained.host, self.config.optimizer)
+            guard = HostStepGuard(trained.host, optimizer, max_grad_norm=1.0)
+        trained.transformer.train()
+        return Trainer(
+            self.bench._accelerator,
+            self.config,
+            trained=trained,
+            model=trained.transformer,
+            denoiser=Denoiser(
+                self.facts,
+                num_latent_frames=self.facts.latent_shape(frames, height, width)[0],
+                height=height,
+                width=width,
+                device=self.device,
+                dtype=self.dtype,
+                min_snr_gamma=None,
+                autocast=autocast and self.dtype != torch.float32,
+            ),
+            optimizer=optimizer,
+            guard=guard,
+            make_loader=lambda _step: self.bench._make_loader(folder),
+            checkpoints=CheckpointFolder(folder / "checkpoints", keep_last=1),
+            log=MetricsLog(
+                folder, active=False, first_step=0, report_to="none", project="", wandb_mode="offline", config={}
+            ),
+            validate=lambda _step: None,
+            identity={},
+        )
 
     def _install_attention(self, transformer: Any) -> None:
         timings = {}
@@ -146,7 +201,7 @@ class CappedRun:
         """A video's parts: the text encoder, sampling steps, the decoder; the video's time is put together."""
         result: dict[str, Any] = {"text": self._encode_texts()}
         self._clear()
-        transformer = self._make_transformer()
+        transformer = self._make_transformer(self.dtype)
         weights = weight_bytes(transformer)
         tokens = self.bench.tokens
         pipeline = make_pipeline(

@@ -1,7 +1,8 @@
-"""Runs LoRA steps and sampling of random weights under caps of device memory, each in a process of its own.
+"""Runs training steps and sampling of random weights under caps of device memory, each in a process of its own.
 
     python scripts/bench.py memory --job lora --caps 24,16,12,8,6 --json memory_lora.json
     python scripts/bench.py memory --job generate --caps 24,16,12,8,6,5 --json memory_generate.json
+    python scripts/bench.py memory --job sft --caps 40,24,16 --json memory_sft.json
 
 A cap is in GB (10^9 bytes) and holds for PyTorch's allocator (`torch.cuda.set_per_process_memory_fraction`); the
 driver's context is not in it. Without a cap, the fastest way is the reference. The program chooses the rung, as a run
@@ -25,7 +26,7 @@ from cogtune.benchmark.clock import attempt
 from cogtune.errors import UserError
 from cogtune.random_pipeline import ARCHITECTURES
 
-JOBS = ("lora", "generate")
+JOBS = ("lora", "generate", "sft")
 UNCAPPED = 0.0
 
 
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench.py memory`."""
     add = parser.add_argument
     add("--model", choices=list(ARCHITECTURES), default="cogvideox-5b")
-    add("--job", choices=[*JOBS, "all"], default="all")
+    add("--job", default="all", help=f"all, or by comma: {', '.join(JOBS)}")
     add("--caps", default="24,16,12,8,6", help="GB of device memory, by comma; without a cap is always measured first")
     add("--steps", type=int, default=3, help="timed steps")
     add("--warmup", type=int, default=2, help="steps before them; the first one compiles")
@@ -54,7 +55,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         caps = [UNCAPPED, *(float(cap) for cap in arguments.caps.split(",") if cap)]
     except ValueError:
         raise UserError(f"--caps {arguments.caps}: expected numbers of GB, such as 24,16,8") from None
-    jobs = JOBS if arguments.job == "all" else (arguments.job,)
+    jobs = JOBS if arguments.job == "all" else tuple(filter(None, arguments.job.split(",")))
+    if not jobs or set(jobs) - set(JOBS):
+        raise UserError(f"--job {arguments.job}: expected all, or some of {', '.join(JOBS)}")
     results: dict[str, Any] = {"command": " ".join(sys.argv[1:]), "conditions": conditions(arguments), "jobs": {}}
     started = time.perf_counter()
     for job in jobs:

@@ -18,8 +18,13 @@ def parse(*arguments: str) -> argparse.Namespace:
 
 def test_both_jobs_are_measured_and_settings_reach_them(tmp_path: Path) -> None:
     file = tmp_path / "memory.json"
-    options = ["--steps", "1", "--warmup", "1", "--set", "resident_blocks=0", "--set", "offloaded_blocks=1"]
-    results = memory.run(parse("--caps", "", "--json", str(file), *options))
+    options = ["--steps", "1", "--warmup", "1", "--set", "offloaded_blocks=1"]
+    results = memory.run(parse("--caps", "", "--job", "sft", "--set", "optimizer=host", *options))
+    full = results["jobs"]["sft"]["no cap"]
+    assert "error" not in full, full
+    assert "weights and optimizer on the host" in full["way"] and full["host_gib"] > 0
+    options += ["--set", "resident_blocks=0"]
+    results = memory.run(parse("--caps", "", "--job", "lora,generate", "--json", str(file), *options))
     assert json.loads(file.read_text()) == results
     lora, video = results["jobs"]["lora"]["no cap"], results["jobs"]["generate"]["no cap"]
     assert "error" not in lora and "error" not in video, results
