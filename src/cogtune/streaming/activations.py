@@ -112,6 +112,12 @@ class ActivationOffload:
         state = self._states.get(index)
         if state is None or all(part.back is not None for part in state.ranges.values()):
             return
+        if index == self._last:  # its copies have just begun: what is still there serves, and nothing reads the copies
+            for part in state.ranges.values():
+                assert part.source is not None
+                part.back, part.source = _bytes_of(part.source), None
+            self._last = None
+            return
         self._let_go()
         if self._arriving is not None:
             self._arriving.wait_stream(torch.cuda.current_stream(self.device))

@@ -136,6 +136,8 @@ class BlockStream:
         for block in blocks:
             if prepare is not None:
                 prepare(block.to(device))
+            if self._copying is not None:  # what `prepare` queued comes before the copy to the host
+                self._copying.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(self._copying):  # memory for copies comes from this stream's pool alone
                 self.flat.append(FlatBlock(select(block), device))
         self._indices = {id(block): index for index, block in enumerate(blocks)}
