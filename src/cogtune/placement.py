@@ -10,7 +10,7 @@ from torch import nn
 from cogtune.attention import fuse_projections
 from cogtune.errors import UserError
 from cogtune.memory import GIB, MARGIN, SAMPLING_UNITS, free_device_bytes
-from cogtune.streaming.blocks import DEFAULT_SLOTS, find_stream, frozen_tensors, stream_blocks
+from cogtune.streaming.blocks import DEFAULT_SLOTS, all_tensors, count_bytes, find_stream, frozen_tensors, stream_blocks
 from cogtune.vae.frame_coder import FrameCoder
 
 TRANSFORMER_BLOCKS = "transformer_blocks"
@@ -22,9 +22,8 @@ WHOLE_DECODE_BYTES = 24 * GIB
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Bytes of a model's parameters and buffers, shared ones once."""
-    tensors = {t.data_ptr(): t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()]}
-    return sum(tensors.values())
+    """Bytes of a model's parameters and buffers, shared memory once."""
+    return count_bytes(all_tensors(module))
 
 
 def sampling_workspace(tokens: int, width: int, dtype: torch.dtype, *, batch_size: int = 2) -> int:
@@ -40,7 +39,7 @@ def count_residents(model: nn.Module, blocks_name: str, free_bytes: int | None, 
     if left >= 0:
         return None
     blocks = list(model.get_submodule(blocks_name).children())
-    block = max(sum(t.numel() * t.element_size() for t in frozen_tensors(each)) for each in blocks)
+    block = max(count_bytes(frozen_tensors(each)) for each in blocks)
     resident = len(blocks) - DEFAULT_SLOTS + left // block
     if resident < 0:
         least = weight_bytes(model) - (len(blocks) - DEFAULT_SLOTS) * block + workspace_bytes

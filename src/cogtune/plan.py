@@ -130,10 +130,11 @@ class TrainingPlan(DataPlan):
 
     def describe_rungs(self) -> str:
         """The table of `--dry-run`: what each rung of memory takes and costs on this machine."""
+        assumed = "" if self.device.type == "cuda" else " (assumed, there is no GPU)"
         host = "unknown" if self.free_host is None else f"{self.free_host / GIB:.1f} GiB"
         return "\n".join(
             [
-                f"{'machine':<11} {self.machine.describe()}; free host memory: {host}",
+                f"{'machine':<11} {self.machine.describe()}{assumed}; free host memory: {host}",
                 describe_rungs(self.rungs, self.memory, self.free_bytes, self.free_host),
             ]
         )

@@ -10,6 +10,7 @@ import torch
 from cogtune import placement
 from cogtune.acceleration import accelerate, decide_offload
 from cogtune.adapter import add_lora, save_adapter
+from cogtune.attention import fuse_projections
 from cogtune.config import AdapterSettings
 from cogtune.encoding import embed
 from cogtune.errors import UserError
@@ -127,6 +128,16 @@ def test_how_many_blocks_stay() -> None:
     assert count(1 + DEFAULT_SLOTS) == 0
     with pytest.raises(UserError, match="even with all blocks streamed"):
         count(DEFAULT_SLOTS + 0.5)
+
+
+def test_fused_projections_are_counted_once(tiny_folder: Path) -> None:
+    transformer = load_transformer(read_facts(tiny_folder), torch.float32)
+    before = weight_bytes(transformer)
+    for block in transformer.transformer_blocks:
+        fuse_projections(block.attn1)
+    assert abs(weight_bytes(transformer) - before) < 0.02 * before, "padding only"
+    parameters = sum(p.numel() * 4 for p in transformer.parameters())
+    assert weight_bytes(transformer) < parameters * 1.1
 
 
 def test_released_sizes_under_their_caps() -> None:

@@ -66,6 +66,11 @@ def _lay_out(tensors: Sequence[Tensor]) -> tuple[list[_Place], int]:
     return places, size
 
 
+def count_bytes(tensors: Sequence[Tensor]) -> int:
+    """Memory that the tensors take together, what they share once."""
+    return _lay_out(tensors)[1]
+
+
 class FlatBlock:
     """Tensors of a block as one range of bytes: always on the host, on the device from `load` to `release`."""
 
