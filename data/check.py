@@ -6,9 +6,9 @@ Exits with 2 where nothing is usable.
 """
 
 from cogtune.cli import parse_run
+from cogtune.data_plan import make_data_plan
 from cogtune.errors import UserError, run_command
 from cogtune.inspection import inspect_clips
-from cogtune.plan import make_data_plan
 
 
 def main() -> None:

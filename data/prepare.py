@@ -6,8 +6,8 @@ Several processes share the work; a killed run goes on where it stopped.
 """
 
 from cogtune.cli import parse_run
+from cogtune.data_plan import make_data_plan
 from cogtune.errors import run_command
-from cogtune.plan import make_data_plan
 from cogtune.preparation import encode_data
 from cogtune.run import start_accelerator
 

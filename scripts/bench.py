@@ -4,6 +4,7 @@
     python scripts/bench.py attention
     python scripts/bench.py generate ...
     python scripts/bench.py prepare ...
+    python scripts/bench.py memory --caps 24,16,12,8,6 --job lora
 
 `python scripts/bench.py train --help` lists the options; docs/benchmarks.md has the results.
 """
@@ -14,7 +15,13 @@ import sys
 from cogtune.cli import CommandParser
 from cogtune.errors import UserError, run_command
 
-SUBJECTS = {"train": "training", "attention": "attention", "generate": "generation", "prepare": "preparation"}
+SUBJECTS = {
+    "train": "training",
+    "attention": "attention",
+    "generate": "generation",
+    "prepare": "preparation",
+    "memory": "memory",
+}
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from cogtune.acceleration import (
     accelerate,
     choose_sampling_backend,
     decide_compile,
+    decide_offload,
     decide_tiling,
     merge_adapters,
     quantize_transformer,
@@ -44,14 +45,16 @@ def main() -> None:
         print(line)
     if options.merge == "on" or options.quantize != "none" or (options.merge == "auto" and device.type == "cuda"):
         merge_adapters(pipeline)
-    quantize_transformer(pipeline.transformer, options.quantize, device)
     first = requests[0]
-    tiling = decide_tiling(options.vae_tiling, device, height=first.height, width=first.width)
-    place_pipeline(pipeline, device, offload=options.offload, vae_tiling=tiling)
-    coded = device.type == "cuda" and options.offload == "none" and not tiling
     tokens = facts.num_tokens(first.num_frames, first.height, first.width)
+    offload = decide_offload(options.offload, pipeline, device, tokens)
+    prepare = quantize_transformer(pipeline.transformer, options.quantize, device, offload=offload)
+    pixels = first.height * first.width
+    tiling = decide_tiling(options.vae_tiling, device, offload, pixels=pixels)
+    place_pipeline(pipeline, device, offload=offload, vae_tiling=tiling, tokens=tokens, prepare=prepare)
+    coded = device.type == "cuda" and offload in ("none", "stream") and not tiling
     backend = choose_sampling_backend(facts, tokens, dtype, device)
-    coder = accelerate(pipeline, compiled=compiled, cache=options.cache, coded=coded, backend=backend)
+    coder = accelerate(pipeline, compiled=compiled, cache=options.cache, coded=coded, backend=backend, pixels=pixels)
     cache = find_step_cache(pipeline.transformer)
     for number, request in enumerate(requests):
         try:

@@ -21,7 +21,7 @@ def main() -> None:
     plan = make_adapter_plan(config)
     check_output_folder(config)
     if invocation.dry_run:
-        print(plan.describe())
+        print(plan.describe(), plan.describe_rungs(), sep="\n")
         return
     accelerator = start_accelerator(plan)
     accelerator.print(plan.describe())

@@ -23,14 +23,21 @@ def main() -> None:
     plan = make_full_plan(config)
     check_output_folder(config)
     if invocation.dry_run:
-        print(plan.describe())
+        print(plan.describe(), plan.describe_rungs(), sep="\n")
         return
     accelerator = start_accelerator(plan)
     accelerator.print(plan.describe())
     run = Run(plan, accelerator, encode_data(plan, accelerator))
 
     card = make_model_card(config, plan.facts, num_clips=len(run.data.train), global_batch=plan.global_batch)
-    model = TrainedModel(load_transformer(plan.facts, torch.float32), plan.facts, card, export_dtype=plan.dtype)
+    model = TrainedModel(
+        load_transformer(plan.facts, torch.float32),
+        plan.facts,
+        card,
+        export_dtype=plan.dtype,
+        on_host=plan.memory.on_host,
+        device=accelerator.device,
+    )
     if not run.train(model):
         exit_after_signal(run)
     run.finish(model)

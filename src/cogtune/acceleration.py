@@ -4,6 +4,7 @@ Exact, up to rounding: blocks compiled on one joined sequence (`joint_blocks`), 
 videos decoded in channels-last memory (`vae/frame_coder`). Not exact, and never on by itself: float8, step caches.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -12,20 +13,20 @@ from cogtune.attention import fuse_projections
 from cogtune.attention_backends import Backend, activate, is_installed, measure_backends
 from cogtune.errors import UserError
 from cogtune.float8 import check_float8_device
-from cogtune.frozen import Float8Base, quantize_base
+from cogtune.frozen import Float8Base, quantize_block
 from cogtune.joint_blocks import join_blocks
+from cogtune.memory import free_device_bytes
 from cogtune.models import ModelFacts
+from cogtune.placement import RELEASED_PIXELS, fits_whole, make_coder, whole_decode_bytes
 from cogtune.step_cache import CacheSettings, StepCache
 from cogtune.vae.frame_coder import FrameCoder
 
 Switch = Literal["auto", "on", "off"]
 Quantization = Literal["none", "int8", "float8"]
-Offload = Literal["none", "model", "sequential"]
+Offload = Literal["auto", "none", "stream", "model", "sequential"]
 
 COMPILE_FROM_STEPS = 50
 """Compiling a block takes some 15 s once; 5B saves about 0.4 s a step with guidance, so one whole video pays for it."""
-WHOLE_DECODE_GIB = 24
-"""Free memory from which videos of the released size are decoded in one piece: the decoder takes up to 16 GiB."""
 
 
 def decide_compile(wanted: Switch, *, device: torch.device, offload: Offload, num_steps: int) -> bool:
@@ -37,14 +38,24 @@ def decide_compile(wanted: Switch, *, device: torch.device, offload: Offload, nu
     return wanted == "on" or (wanted == "auto" and device.type == "cuda" and num_steps >= COMPILE_FROM_STEPS)
 
 
-def decide_tiling(wanted: Switch, device: torch.device, *, height: int = 480, width: int = 720) -> bool:
-    """Whether decoding goes by tiles: `auto` does where a GPU has too little free memory for a whole video.
+def decide_offload(wanted: Offload, pipeline: Any, device: torch.device, tokens: int) -> Offload:
+    """How the models share the device: `auto` streams them where they don't fit at once."""
+    if wanted == "stream" and device.type == "cpu":
+        raise UserError("--offload stream: there is no GPU to stream to; leave it out")
+    if wanted != "auto":
+        return wanted
+    return "none" if device.type == "cpu" or fits_whole(pipeline, device, tokens) else "stream"
 
-    The decoder works on a few frames at a time, so its memory grows with their size in pixels.
+
+def decide_tiling(wanted: Switch, device: torch.device, offload: Offload, *, pixels: int = RELEASED_PIXELS) -> bool:
+    """Whether decoding goes by tiles: `auto` does where single models or layers are moved by hooks and memory is short.
+
+    Elsewhere `FrameCoder` decodes frame by frame instead, without seams.
     """
-    if wanted != "auto" or device.type != "cuda":
+    free = free_device_bytes(device)
+    if wanted != "auto" or free is None:
         return wanted == "on"
-    return torch.cuda.mem_get_info(device)[0] < WHOLE_DECODE_GIB * (height * width / (480 * 720)) * (1 << 30)
+    return offload in ("model", "sequential") and free < whole_decode_bytes(pixels)
 
 
 def merge_adapters(pipeline: Any) -> None:
@@ -54,16 +65,21 @@ def merge_adapters(pipeline: Any) -> None:
         pipeline.unload_lora_weights()
 
 
-def quantize_transformer(transformer: Any, kind: Quantization, device: torch.device) -> None:
+def quantize_transformer(
+    transformer: Any, kind: Quantization, device: torch.device, *, offload: Offload = "none"
+) -> Callable[[torch.nn.Module], object] | None:
     """Makes the blocks' linear layers smaller, in place; adapters must be merged before.
 
-    int8: weights only, with torchao: less memory, not faster. float8: weights and inputs, faster.
+    int8: weights only, with torchao: less memory, not faster. float8: weights and inputs, faster. Where blocks are to
+    be streamed, returns what is to be done to each of them on the device instead.
     """
     if kind == "float8":
         check_float8_device(device)
+        if offload == "stream":
+            return quantize_for_inference
         for block in transformer.transformer_blocks:
             fuse_projections(block.to(device).attn1)
-        quantize_for_inference(transformer)
+            quantize_for_inference(block)
     elif kind == "int8":
         try:
             from torchao.quantization import Int8WeightOnlyConfig, quantize_  # pyright: ignore[reportMissingImports]
@@ -74,12 +90,13 @@ def quantize_transformer(transformer: Any, kind: Quantization, device: torch.dev
             Int8WeightOnlyConfig(),
             filter_fn=lambda module, name: isinstance(module, torch.nn.Linear) and "norm" not in name,
         )
+    return None
 
 
-def quantize_for_inference(transformer: Any) -> int:
-    """Makes the blocks' linear layers float8 and keeps what the forward pass reads; returns how many."""
-    replaced = quantize_base(transformer)
-    for module in transformer.modules():
+def quantize_for_inference(block: Any) -> int:
+    """Makes a block's linear layers float8 and keeps what the forward pass reads; returns how many."""
+    replaced = quantize_block(block)
+    for module in block.modules():
         if isinstance(module, Float8Base):
             module.transposed = module.transposed.new_empty(0)
     return replaced
@@ -110,6 +127,7 @@ def accelerate(
     cache: CacheSettings | None,
     coded: bool,
     backend: Backend = "default",
+    pixels: int = RELEASED_PIXELS,
 ) -> FrameCoder | None:
     """Sets up sampling on a placed pipeline; returns what decodes the videos, or None where the stock decoder does.
 
@@ -119,4 +137,4 @@ def accelerate(
         steps = StepCache(cache) if cache else None
         join_blocks(pipeline.transformer, compiled=compiled, cache=steps, backend=backend)
     # Trying convolution algorithms takes longer than a few videos gain by it.
-    return FrameCoder(pipeline.vae, tune_convolutions=False) if coded else None
+    return make_coder(pipeline.vae, pixels=pixels) if coded else None

@@ -241,6 +241,8 @@ def load_adapter_state(transformer: CogVideoXTransformer3DModel, folder: Path) -
 class TrainedAdapter:
     """The adapter as the training loop sees it (`cogtune.trainer.Trained`)."""
 
+    host = None
+
     def __init__(self, transformer: CogVideoXTransformer3DModel, model_card: str) -> None:
         self.transformer, self._card = transformer, model_card
 

@@ -126,9 +126,6 @@ class TrainSettings(Section):
     which is what guidance samples against."""
     timestep_strata: Positive = 16
     """This many consecutive samples cover the timesteps evenly, one in each part; 1: independent draws."""
-    lowest_timestep: Annotated[int, Field(ge=0, le=998)] = 0
-    """Timesteps are drawn from here to 999. What a clip shows is settled at the high ones; the low ones polish details,
-    which a base model does well already."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Average the trained weights with this decay, for validation and the final weights; null: don't."""
     prior_target: Literal["auto", "base", "clip"] = "auto"
@@ -137,8 +134,6 @@ class TrainSettings(Section):
     themselves; auto: base for LoRA."""
     prior_weight: Annotated[float, Field(gt=0)] = 1.0
     """Factor of the loss of clips marked `prior`; predictions have no noise, so they bear a large one."""
-    dropped_target: Literal["base", "clip"] = "clip"
-    """The same for samples whose caption is dropped: base holds what guidance leads away from in place (LoRA only)."""
     min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
     """Min-SNR loss weights with this gamma (arXiv:2303.09556); null: plain v-prediction loss."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -159,6 +154,15 @@ class MemorySettings(Section):
     mode: Literal["auto", "keep_products", "keep_all", "keep_attention", "recompute"] = "auto"
     """What the backward pass finds in memory: the outputs of matrix products and attention, all activations, attention
     outputs only, or block inputs only (least memory, slowest); auto: the fastest that the plan says will fit."""
+    resident_blocks: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Blocks whose frozen weights stay on the GPU; the others wait in page-locked host memory and are copied to the GPU
+    just in time. The same result; auto: as many as fit (docs/memory.md)."""
+    offloaded_blocks: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Blocks whose kept activations wait in host memory for the backward pass; the same result. auto: as is fastest."""
+    optimizer: Literal["auto", "device", "host"] = "auto"
+    """Where full fine-tuning keeps its float32 weights and AdamW's state. host: in host memory, updated there beside
+    the next forward pass; the GPU computes with streamed copies in `model.dtype` (not float16). auto: on the device if
+    they fit."""
     allow_tf32: bool = True
     """TensorFloat-32 for float32 matrix products on a GPU (no effect on bfloat16 and float16 ones)."""
 

@@ -117,21 +117,19 @@ class TrainingSet(Dataset[Batch]):
         scaling_factor: float,
         caption_dropout: float,
         timestep_strata: int,
-        lowest_timestep: int = 0,
         dropped_caption_key: str | None = None,
         prior_weight: float = 1.0,
         hold_prior: bool = False,
-        hold_dropped: bool = False,
         patch_size_t: int | None = None,
         image_dropout: float = 0.0,
         global_batch: int = 1,
     ) -> None:
-        """`hold_prior`, `hold_dropped`: prior clips, and samples without caption, go towards the base model."""
+        """`hold_prior`: prior clips are trained towards the base model's predictions."""
         self._entries, self._cache, self._seed = list(entries), cache, seed
         self._scaling_factor = scaling_factor
-        self._caption_dropout, self._strata, self._lowest = caption_dropout, timestep_strata, lowest_timestep
+        self._caption_dropout, self._strata = caption_dropout, timestep_strata
         self._dropped_caption_key = dropped_caption_key
-        self._prior_weight, self._hold_prior, self._hold_dropped = prior_weight, hold_prior, hold_dropped
+        self._prior_weight, self._hold_prior = prior_weight, hold_prior
         self._patch_size_t, self._image_dropout = patch_size_t or 1, image_dropout
         self._kept: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self._kept_bytes = 0
@@ -152,8 +150,8 @@ class TrainingSet(Dataset[Batch]):
         posterior_noise, noise = draw_noise(self._seed, position, tuple(mean.shape), num_padding)
         latents = pad_front((mean + std * posterior_noise) * self._scaling_factor, num_padding)
         dropped = draw_caption_dropped(self._seed, position, self._caption_dropout)
-        timestep = draw_timestep(self._seed, position, self._strata, self._lowest)
-        held = (self._hold_prior and entry.clip.prior) or (self._hold_dropped and dropped)
+        timestep = draw_timestep(self._seed, position, self._strata)
+        held = self._hold_prior and entry.clip.prior
         return Batch(
             latents=latents.transpose(0, 1)[None],
             noise=noise.transpose(0, 1)[None],

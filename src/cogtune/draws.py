@@ -113,12 +113,12 @@ class BucketOrder:
         return groups
 
 
-def draw_timestep(seed: int, position: int, num_strata: int, lowest: int = 0) -> int:
-    """Uniform on lowest..999; any `num_strata` aligned neighbours cover the range evenly, one in each stratum."""
+def draw_timestep(seed: int, position: int, num_strata: int) -> int:
+    """Uniform on 0..999; any `num_strata` aligned neighbours cover the range evenly, one in each stratum."""
     group, member = divmod(position, num_strata)
     stratum = torch.randperm(num_strata, generator=make_generator("strata", seed, group))[member].item()
     offset = torch.rand((), generator=make_generator("timestep", seed, position), dtype=torch.float64).item()
-    return min(lowest + int((stratum + offset) * (NUM_TIMESTEPS - lowest) / num_strata), NUM_TIMESTEPS - 1)
+    return min(int((stratum + offset) * NUM_TIMESTEPS / num_strata), NUM_TIMESTEPS - 1)
 
 
 def draw_caption_dropped(seed: int, position: int, probability: float) -> bool:

@@ -23,6 +23,7 @@ from cogtune.decoding import ClipDecoder, Decoded
 from cogtune.manifest import Clip, ClipFormat
 from cogtune.models import ModelFacts
 from cogtune.overlap import Batch, EncodingTimes, encode_overlapped
+from cogtune.placement import make_coder, place_text_encoder
 from cogtune.vae.frame_coder import FrameCoder
 from cogtune.video import ClipError, load_image
 
@@ -115,7 +116,7 @@ def encode_captions(
     times: EncodingTimes | None = None
     if mine:
         tokenizer = models.load_tokenizer(facts)
-        encoder = models.load_text_encoder(facts, dtype).to(device) if encoder is None else encoder
+        encoder = place_text_encoder(models.load_text_encoder(facts, dtype), device) if encoder is None else encoder
         starts = tqdm(range(0, len(mine), TEXT_BATCH), "captions", unit="batch", disable=quiet)
         batches = (mine[start : start + TEXT_BATCH] for start in starts)
         length = facts.max_text_length
@@ -191,7 +192,8 @@ def encode_clips(
     times: EncodingTimes | None = None
     if mine:
         vae = models.load_vae(facts, dtype).to(device)  # pyright: ignore[reportArgumentType]
-        coder = _make_coder(vae, len(mine)) if device.type == "cuda" else None
+        pixels = _largest_frame(mine, by_key, clip_format)
+        coder = _choose_coder(vae, len(mine), pixels) if device.type == "cuda" else None
         with ClipDecoder(clip_format, num_workers=num_workers, timeout_seconds=timeout_seconds) as decoder:
             outcomes = decoder.decode([by_key[key] for key in mine])
             shown = tqdm(outcomes, "clips", total=len(mine), unit="clip", disable=quiet)
@@ -254,10 +256,16 @@ def _cache_given_images(
     _wait_for(users, lambda key: cache.has("images", key) or _failed_path(cache, key).exists())
 
 
-def _make_coder(vae: AutoencoderKLCogVideoX, num_clips: int) -> FrameCoder | None:
-    if num_clips < _CODED_FROM_CLIPS:
-        return None
-    return FrameCoder(vae, tune_convolutions=num_clips >= _TUNED_FROM_CLIPS)
+def _largest_frame(wanted: Sequence[str], by_key: dict[str, Clip], clip_format: ClipFormat) -> int:
+    """Pixels of the largest frame among the clips to encode."""
+    forms = [by_key[key].form or clip_format for key in wanted]
+    return max(form.height * form.width for form in forms)
+
+
+def _choose_coder(vae: AutoencoderKLCogVideoX, num_clips: int, pixels: int) -> FrameCoder | None:
+    """None, the stock way, for few clips where there is memory for it."""
+    coder = make_coder(vae, tune_convolutions=num_clips >= _TUNED_FROM_CLIPS, pixels=pixels)
+    return coder if coder.in_slabs or num_clips >= _CODED_FROM_CLIPS else None
 
 
 def _gather_batches(

@@ -16,6 +16,11 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from cogtune.streaming.activations import ActivationOffload
+from cogtune.streaming.blocks import find_stream
+from cogtune.streaming.gradients import GradientStream
+from cogtune.streaming.passes import pass_through
+
 _GRAPHS_OF_A_SHAPE = 4  # past the limit, the compiler gives up without a word and the blocks run uncompiled
 Activations = Literal["keep_all", "keep_products", "keep_attention", "recompute"]
 
@@ -50,8 +55,14 @@ def configure_blocks(
     compiled: bool,
     has_dropout: bool,
     compiler: str = "inductor",
+    num_offloaded: int = 0,
+    gradients: GradientStream | None = None,
 ) -> None:
-    """Sets up checkpointing and compilation of every block, in place."""
+    """Sets up checkpointing and compilation of every block, in place; streamed weights are streamed in both passes.
+
+    What `num_offloaded` of the blocks keep for the backward pass waits in host memory. `gradients` takes each trained
+    block's away when they are there.
+    """
     run_block = _make_runner(activations, has_dropout=has_dropout)
     if compiled:
         # The checkpoint lies inside the compiled region: only there can attention outputs be kept apart.
@@ -59,8 +70,21 @@ def configure_blocks(
         for block in transformer.transformer_blocks:
             block.compile(dynamic=False, backend=compiler)
 
+    blocks = list(transformer.transformer_blocks.children())
+    numbers = {id(block): number for number, block in enumerate(blocks)}
+    stream = find_stream(transformer)
+    offload = None
+    if num_offloaded:
+        weights = [*transformer.parameters(), *transformer.buffers()]
+        offload = ActivationOffload(len(blocks), num_offloaded, weights[0].device, weights)
+
     def run(block: torch.nn.Module, hidden_states: torch.Tensor, text: torch.Tensor, *rest: Any) -> Any:
-        return run_block(block, _like_an_output(hidden_states), _like_an_output(text), *rest)
+        inputs = _like_an_output(hidden_states), _like_an_output(text)
+        if stream is None and offload is None and gradients is None:
+            return run_block(block, *inputs, *rest)
+        this_block = partial(run_block, block)
+        number = numbers[id(block)]
+        return pass_through(this_block, number, *inputs, *rest, stream=stream, offload=offload, gradients=gradients)
 
     transformer.enable_gradient_checkpointing(run)
 

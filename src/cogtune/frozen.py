@@ -187,27 +187,31 @@ def quantize_base(transformer: CogVideoXTransformer3DModel) -> int:
 
     The modulation's layers stay: they see one token, and all tokens depend on them. Adapters stay as they are.
     """
+    return sum(quantize_block(block) for block in transformer.transformer_blocks)
+
+
+@torch.no_grad()
+def quantize_block(block: Any) -> int:
+    """`quantize_base` of one block."""
     replaced = 0
-    for block in transformer.transformer_blocks:
-        attention: Any = block.attn1
-        fused = getattr(attention, "qkv", None)
-        if fused is not None:
-            whole = attention.qkv = Float8Base(fused.weight, fused.bias)
-            size = len(whole.weight) // 3
-            for number, name in enumerate(("to_q", "to_k", "to_v")):
-                _replace_base(attention, name, whole.part(number * size, (number + 1) * size))
-            replaced += 3
-        for parent, name in _inner_linears(block):
-            layer = getattr(parent, name)
-            base: Any = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-            if type(base) is nn.Linear and is_frozen(base) and not _sizes_unfit(base):
-                _replace_base(parent, name, Float8Base(base.weight, base.bias))
-                replaced += 1
-        feed_forward: Any = block.ff
-        net = feed_forward.net
-        plain = getattr(net[0], "approximate", None) == "tanh" and not net[1].p
-        if plain and type(net[0].proj) is Float8Base and type(net[2]) is Float8Base:
-            block.ff = Float8FeedForward(net)  # pyright: ignore[reportArgumentType]
+    attention: Any = block.attn1
+    fused = getattr(attention, "qkv", None)
+    if fused is not None:
+        whole = attention.qkv = Float8Base(fused.weight, fused.bias)
+        size = len(whole.weight) // 3
+        for number, name in enumerate(("to_q", "to_k", "to_v")):
+            _replace_base(attention, name, whole.part(number * size, (number + 1) * size))
+        replaced += 3
+    for parent, name in _inner_linears(block):
+        layer = getattr(parent, name)
+        base: Any = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+        if type(base) is nn.Linear and is_frozen(base) and not _sizes_unfit(base):
+            _replace_base(parent, name, Float8Base(base.weight, base.bias))
+            replaced += 1
+    net: Any = block.ff.net
+    plain = getattr(net[0], "approximate", None) == "tanh" and not net[1].p
+    if plain and type(net[0].proj) is Float8Base and type(net[2]) is Float8Base:
+        block.ff = Float8FeedForward(net)
     return replaced
 
 

@@ -1,4 +1,7 @@
-"""Full fine-tuning: all of the transformer's weights, float32 while training; out comes a pipeline folder."""
+"""Full fine-tuning: all of the transformer's weights, float32 while training; out comes a pipeline folder.
+
+The float32 weights are on the device, or on the host where the device only computes (`host_training`).
+"""
 
 import os
 import shutil
@@ -9,6 +12,7 @@ from diffusers import CogVideoXTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from cogtune.errors import UserError
+from cogtune.host_training import HostWeights
 from cogtune.models import COMPONENTS, ModelFacts, make_meta_transformer
 
 WEIGHTS_NAME = "weights.safetensors"
@@ -18,16 +22,25 @@ class TrainedModel:
     """The whole transformer as the training loop sees it (`cogtune.trainer.Trained`)."""
 
     def __init__(
-        self, transformer: CogVideoXTransformer3DModel, facts: ModelFacts, model_card: str, *, export_dtype: torch.dtype
+        self,
+        transformer: CogVideoXTransformer3DModel,
+        facts: ModelFacts,
+        model_card: str,
+        *,
+        export_dtype: torch.dtype,
+        on_host: bool = False,
+        device: torch.device | None = None,
     ) -> None:
+        """`on_host`: the weights stay there and the `device` computes with copies of the precision `export_dtype`."""
         self.transformer, self._facts, self._card = transformer.float().requires_grad_(True), facts, model_card
         self._export_dtype = export_dtype
+        self.host = HostWeights(transformer, export_dtype, device or torch.device("cpu")) if on_host else None
 
     base = None  # no copy of the weights as they were is kept
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """Every parameter by name."""
-        return dict(self.transformer.named_parameters())
+        """Every parameter by name, float32."""
+        return dict(self.transformer.named_parameters()) if self.host is None else dict(self.host.parameters)
 
     def save(self, folder: Path, *, trained: bool) -> None:
         """The float32 weights, for resuming."""
@@ -44,6 +57,8 @@ class TrainedModel:
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(saved[name])
+        if self.host is not None:
+            self.host.publish_all()
 
     def export(self, folder: Path) -> None:
         """A pipeline folder that stock diffusers loads: the trained transformer in the run's precision, the base
@@ -53,7 +68,8 @@ class TrainedModel:
                 link_tree(self._facts.folder / name, folder / name)
         # A copy without memory of its own takes the cast weights: the model being trained stays as it is.
         copy = make_meta_transformer(self._facts)
-        state = {name: tensor.to(self._export_dtype) for name, tensor in self.transformer.state_dict().items()}
+        weights = self.transformer.state_dict() | {name: p.detach() for name, p in self.parameters().items()}
+        state = {name: tensor.to(self._export_dtype) for name, tensor in weights.items()}
         copy.load_state_dict(state, assign=True)
         copy.save_pretrained(folder / "transformer")
         (folder / "README.md").write_text(self._card, encoding="utf-8")

@@ -28,9 +28,12 @@ from cogtune.acceleration import Offload
 from cogtune.adapter import check_adapter_fits, find_adapter_file, read_adapter_file
 from cogtune.denoiser import Rotary, make_rotary
 from cogtune.diffusion import pad_front
+from cogtune.encoding import embed
 from cogtune.errors import UserError
 from cogtune.joint_blocks import find_step_cache
 from cogtune.models import ModelFacts
+from cogtune.placement import place_in_turns, release_blocks
+from cogtune.streaming.blocks import find_stream
 from cogtune.vae.frame_coder import FrameCoder
 from cogtune.video import ClipError, load_clip, load_image
 from cogtune.video_request import Request
@@ -118,14 +121,25 @@ def _describe_adapter(path: Path, state: dict[str, torch.Tensor], config: dict[s
 
 
 def place_pipeline(
-    pipeline: Pipeline, device: torch.device, *, offload: Offload = "none", vae_tiling: bool = True
+    pipeline: Pipeline,
+    device: torch.device,
+    *,
+    offload: Offload = "none",
+    vae_tiling: bool = True,
+    tokens: int = 0,
+    prepare: Callable[[torch.nn.Module], object] | None = None,
 ) -> None:
-    """Moves the pipeline to the device: all of it, one model at a time, or one layer at a time."""
+    """Moves the pipeline to the device: all of it, streamed, one model at a time, or one layer at a time.
+
+    Streaming needs the `tokens` of a video, and takes what is to be done to each block (`placement.place_in_turns`).
+    """
     if offload != "none" and device.type == "cpu":
         raise UserError(f"--offload {offload}: there is no GPU to offload from; leave it out")
     if vae_tiling:
         pipeline.vae.enable_tiling()
-    if offload == "model":
+    if offload == "stream":
+        place_in_turns(pipeline, device, tokens, prepare=prepare)
+    elif offload == "model":
         pipeline.enable_model_cpu_offload(device=device)
     elif offload == "sequential":
         pipeline.enable_sequential_cpu_offload(device=device)
@@ -136,8 +150,8 @@ def place_pipeline(
 def explain_out_of_memory(error: BaseException) -> str:
     """What to turn after the device ran out of memory."""
     return (
-        f"out of memory on the device: {str(error).splitlines()[0][:300]}\n       try: --offload model, then "
-        "--offload sequential; --quantize int8; --vae-tiling on"
+        f"out of memory on the device: {str(error).splitlines()[0][:300]}\n       try: --offload stream, then "
+        "--offload sequential --vae-tiling on; close other programs on the device"
     )
 
 
@@ -145,6 +159,8 @@ def generate(
     pipeline: Pipeline, request: Request, *, max_text_length: int = 226, coder: FrameCoder | None = None
 ) -> np.ndarray:
     """One video, uint8 RGB [F, H, W, 3], from a whole pipeline; `coder` decodes it, or else the pipeline."""
+    if find_stream(pipeline.transformer) is not None:
+        return _generate_in_turns(pipeline, request, max_text_length, coder)
     _start_steps(pipeline, request)
     whole = coder is None and request.video is None
     output = _call(
@@ -159,6 +175,21 @@ def generate(
         return _to_uint8(output[0].permute(0, 2, 3, 1))
     device = pipeline._execution_device
     return decode_latents(pipeline.vae, output, pipeline.vae_scaling_factor_image, coder, device=device)
+
+
+def _generate_in_turns(
+    pipeline: Pipeline, request: Request, max_text_length: int, coder: FrameCoder | None
+) -> np.ndarray:
+    """Text encoder, transformer and autoencoder one after the other; each one's blocks leave when it is done."""
+    encoder: Any = pipeline.text_encoder
+    texts = [
+        embed([text], pipeline.tokenizer, encoder, max_text_length)[0]
+        for text in (request.prompt, request.negative_prompt)
+    ]
+    release_blocks(encoder)
+    latents = generate_latents(pipeline, request, *texts)
+    release_blocks(pipeline.transformer)
+    return decode_latents(pipeline.vae, latents, pipeline.vae_scaling_factor_image, coder)
 
 
 @torch.no_grad()

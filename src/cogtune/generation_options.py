@@ -93,7 +93,13 @@ def parse_generation(description: str, argv: list[str] | None = None) -> Generat
     add("--allow-unsupported-size", action="store_true", help="sizes that the model card doesn't support")
     add("--device", choices=["auto", "cuda", "cpu"], default="auto")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
-    add("--offload", choices=["none", "model", "sequential"], default="none", help="less GPU memory, slower")
+    add(
+        "--offload",
+        choices=["auto", "none", "stream", "model", "sequential"],
+        default="auto",
+        help="auto: none where all fits, or else stream: blocks come from host memory just in time; model, sequential: "
+        "by diffusers' hooks, slower",
+    )
     add(
         "--quantize", choices=["none", "int8", "float8"], default="none", help="float8: faster; int8: smaller (torchao)"
     )
@@ -163,6 +169,8 @@ def _check_cache(given: argparse.Namespace) -> None:
         raise UserError(f"--cache {given.cache}: there is no guidance to skip with --guidance 1; use first-block")
     if given.cache != "none" and given.offload == "sequential":
         raise UserError(f"--cache {given.cache}: can't go with --offload sequential; use --offload model")
+    if given.offload == "stream" and given.quantize == "int8":
+        raise UserError("--offload stream: can't go with --quantize int8; leave it out, or use float8")
     if given.merge == "off" and given.quantize != "none":
         raise UserError(f"--merge off: --quantize {given.quantize} needs merged adapters; leave --merge out")
 

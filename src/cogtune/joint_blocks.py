@@ -19,6 +19,7 @@ from cogtune.attention import Rotary, attend, extend_rotary, fuse_projections
 from cogtune.attention_backends import Backend
 from cogtune.frozen import Float8FeedForward
 from cogtune.step_cache import StepCache
+from cogtune.streaming.blocks import StreamedBlocks, visit
 
 
 def _feed_forward(layers: Any, joint: Tensor, *, fused: bool) -> Tensor:
@@ -93,7 +94,7 @@ class JointBlocks(nn.Module):
         rotary = self._extend(image_rotary_emb, text_length)
 
         def run(first: int, last: int | None, values: Tensor, embedding: Tensor) -> Tensor:
-            for block in self.blocks[first:last]:
+            for block in visit(self.blocks, first, last):
                 values = self._run(block, values, embedding, rotary, text_length, self.backend, self.fused_gelu)
             return values
 
@@ -116,8 +117,9 @@ def join_blocks(
     fused_gelu: bool = True,
 ) -> JointBlocks:
     """Lets a transformer on its final device run its blocks this way, in place; adapters come before."""
-    # Offloading moves the weights one by one, and the views of a whole would become copies.
-    if not hasattr(transformer, "_hf_hook"):
+    # Offloading moves the weights one by one, and the views of a whole would become copies; streamed blocks were fused
+    # before they left.
+    if not hasattr(transformer, "_hf_hook") and not isinstance(transformer.transformer_blocks, StreamedBlocks):
         for block in transformer.transformer_blocks:
             fuse_projections(block.attn1)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
     joint = JointBlocks(

@@ -1,24 +1,22 @@
-"""The memory plan: what a run needs on the device, and the fastest way to keep activations that fits.
+"""What a way to run needs of device and host memory, predicted from shapes before any weight is loaded.
 
-Predicted from the model's shapes before any weight is loaded. In units of one activation tensor (tokens x width x
-bytes), calibrated on an H100 (docs/benchmarks.md).
+In units of one activation tensor (samples x tokens x width x bytes). All constants of the prediction stand here, each
+with a note whether it is fitted to measurements (docs/benchmarks.md) or counted.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
-from cogtune.errors import UserError
 from cogtune.execution import Activations
 from cogtune.models import ModelFacts
+from cogtune.streaming.blocks import DEFAULT_SLOTS
 
 GIB = 1 << 30
 MARGIN = 0.95  # of the free memory: the allocator's fragments and the libraries' workspaces need the rest
-SMALL_BYTES = 2 * GIB
 
 WORKSPACE_UNITS = 24.0
-"""Largest set of one block's tensors alive at once, forward and backward, in activation tensors."""
+"""Largest set of one block's tensors alive at once, forward and backward, in activation tensors. Fitted, see below."""
 KEPT_UNITS: dict[Activations, float] = {
     "recompute": 1.0,
     "keep_attention": 1.9,
@@ -38,23 +36,58 @@ ENCODER_UNITS = 10.0
 """Tensors of an image's full size alive at once in the encoder: a convolution's input three frames deep, its output,
 the residual, the norm's float32 copy. Counted, not measured yet; it stays far below a step's own peak."""
 ENCODER_CHANNELS = 128
+OFFLOADED_AT_ONCE = 2
+"""Offloaded blocks whose activations are on the device: one that computes, one on its way. Counted."""
+GRADIENTS_AT_ONCE = 2
+"""Blocks whose gradients are on the device where the optimizer is on the host: made, and leaving. Counted."""
+SAMPLING_UNITS = 10.0
+"""Activation tensors alive at once while sampling, each of the whole batch. Counted: the sequence, its modulated copy,
+q, k and v in one, q and k rotated, attention's output, or the feed-forward's inner product (4); not fitted."""
+HOST_OPTIMIZER_BYTES = 12
+"""A trained weight on the host in float32 and two moments; its copy and its gradient in the run's precision come on
+top. Counted."""
+TRAINED_BYTES = 16
+"""A trained weight in float32, its gradient and two moments. Counted."""
 ACTIVATIONS_FAST_TO_SLOW: tuple[Activations, ...] = ("keep_all", "keep_products", "keep_attention", "recompute")
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Predicted bytes on the device for one way to keep activations."""
+    """Predicted bytes for one way to keep weights and activations."""
 
     activations: Activations
     weights: int
+    """Frozen weights on the device."""
     trainable: int
-    """Trained weights in float32 with gradients and optimizer state."""
+    """Trained weights in float32 with gradients and optimizer state; on the host, the gradients on their way there."""
     kept: int
     workspace: int
+    num_resident: int | None = None
+    """Blocks whose frozen weights stay on the device while the others are streamed; None: no block is."""
+    num_offloaded: int = 0
+    """Blocks whose kept activations wait on the host."""
+    host: int = 0
+    """Page-locked host memory."""
+    on_host: bool = False
+    """The trained weights and the optimizer's state are in host memory; all blocks are streamed."""
+    seconds: float = 0.0
+    """Predicted time of a step; comparable within one list of plans only."""
 
     @property
     def total(self) -> int:
+        """Bytes on the device."""
         return self.weights + self.trainable + self.kept + self.workspace
+
+    def name(self) -> str:
+        """The rung in words."""
+        parts: list[str] = [self.activations]
+        if self.on_host:
+            parts.append("weights and optimizer on the host")
+        elif self.num_resident is not None:
+            parts.append(f"{self.num_resident} blocks resident, others streamed")
+        if self.num_offloaded:
+            parts.append(f"activations of {self.num_offloaded} blocks on the host")
+        return ", ".join(parts)
 
     def describe(self) -> str:
         """One line in GiB."""
@@ -65,7 +98,18 @@ class MemoryPlan:
             "workspace": self.workspace,
         }
         listed = ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts.items())
-        return f"{self.activations}: {self.total / GIB:.1f} GiB ({listed})"
+        host = f"; host {self.host / GIB:.1f} GiB" if self.host else ""
+        return f"{self.name()}: {self.total / GIB:.1f} GiB ({listed}){host}"
+
+
+def activation_bytes(facts: ModelFacts, tokens: int, batch_size: int, dtype: torch.dtype) -> int:
+    """One activation tensor: the unit of every prediction here."""
+    return batch_size * tokens * facts.num_heads * facts.head_dim * element_bytes(dtype)
+
+
+def element_bytes(dtype: torch.dtype) -> int:
+    """Bytes of one number."""
+    return torch.finfo(dtype).bits // 8
 
 
 def predict(
@@ -80,44 +124,48 @@ def predict(
     num_float8: int = 0,
     num_encoder: int = 0,
     image_pixels: int = 0,
+    num_block_parameters: int = 0,
+    num_resident: int | None = None,
+    num_offloaded: int = 0,
+    on_host: bool = False,
 ) -> MemoryPlan:
     """The plan for a transformer of `num_parameters` frozen and `num_trainable` trained ones.
 
     `num_float8` of the frozen ones are kept twice in float8, once for each direction, instead of once in `dtype`.
     `num_encoder`: parameters of the autoencoder's encoder, which encodes images of `image_pixels` before the forward
-    pass, when nothing else is kept yet (image-to-video).
+    pass, when nothing else is kept yet (image-to-video). `num_block_parameters` are in each block, and `num_resident`
+    of the blocks are not streamed. `on_host`: all are trained, and the device has copies of two blocks, and the
+    gradients of two.
     """
-    size = torch.finfo(dtype).bits // 8
-    unit = batch_size * tokens * facts.num_heads * facts.head_dim * size
-    kept = int(KEPT_UNITS[activations] * facts.num_layers * unit)
+    size = element_bytes(dtype)
+    unit = activation_bytes(facts, tokens, batch_size, dtype)
+    weights = (num_parameters - num_float8) * size + num_float8 * 2
+    kept_by_block = KEPT_UNITS[activations] * unit
+    at_once = min(facts.num_layers, facts.num_layers - num_offloaded + (OFFLOADED_AT_ONCE if num_offloaded else 0))
+    host = int(num_offloaded * kept_by_block)
+    if num_resident is not None:
+        block = num_block_parameters * size + num_float8 * (2 - size) // facts.num_layers
+        host += block * facts.num_layers
+        slots = min(DEFAULT_SLOTS, facts.num_layers - num_resident)
+        weights -= block * (facts.num_layers - num_resident - slots)
+    trainable = num_trainable * TRAINED_BYTES
+    if on_host:
+        block = num_block_parameters * size
+        outside = num_trainable * size - facts.num_layers * block
+        weights, trainable = outside + DEFAULT_SLOTS * block, outside + GRADIENTS_AT_ONCE * block
+        host += num_trainable * (2 * size + HOST_OPTIMIZER_BYTES)
+    kept = int(at_once * kept_by_block)
     encoding = int(ENCODER_UNITS * batch_size * image_pixels * ENCODER_CHANNELS * size) if num_encoder else 0
     return MemoryPlan(
         activations=activations,
-        weights=(num_parameters - num_float8 + num_encoder) * size + num_float8 * 2,
-        trainable=num_trainable * 16,  # weight, gradient and two moments, 4 bytes each
+        weights=weights + num_encoder * size,
+        trainable=trainable,
         kept=kept,
         workspace=max(int(WORKSPACE_UNITS * unit), encoding - kept),
-    )
-
-
-def choose_activations(
-    plans: list[MemoryPlan], mode: Literal["auto"] | Activations, free_bytes: int | None
-) -> MemoryPlan:
-    """The plan of `mode`, or for `auto` the first of the plans (fastest first) that fits into the free memory.
-
-    Raises `UserError` where not even the smallest fits.
-    """
-    if mode != "auto":
-        return next(plan for plan in plans if plan.activations == mode)
-    if free_bytes is None:  # a CPU: keep what is small beside any computer's memory, and refuse nothing
-        return next((plan for plan in plans if plan.total <= SMALL_BYTES), plans[-1])
-    for plan in plans:
-        if plan.total <= free_bytes * MARGIN:
-            return plan
-    raise UserError(
-        f"memory: the smallest plan needs {plans[-1].total / GIB:.1f} GiB and {free_bytes / GIB:.1f} GiB are free "
-        f"({plans[-1].describe()}); lower train.batch_size or adapter.rank, close other programs on the device, "
-        "or set memory.mode=recompute to try all the same"
+        num_resident=num_resident,
+        num_offloaded=num_offloaded,
+        host=host,
+        on_host=on_host,
     )
 
 
@@ -127,15 +175,27 @@ def free_device_bytes(device: torch.device) -> int | None:
         return None
     index = torch.cuda.current_device() if device.index is None else device.index
     free, total = torch.cuda.mem_get_info(index)
-    return min(free, int(total * torch.cuda.get_per_process_memory_fraction(index)))
+    # What the allocator holds is not free for others, but is for this process.
+    reserved = torch.cuda.memory_reserved(index)
+    allowed = int(total * torch.cuda.get_per_process_memory_fraction(index))
+    return min(free + reserved, allowed) - torch.cuda.memory_allocated(index)
 
 
 def explain_out_of_memory(plan: MemoryPlan, error: BaseException) -> str:
     """What to turn after the device ran out of memory."""
     first_line = str(error).splitlines()[0][:300]
     steps = [] if plan.activations == "recompute" else ["memory.mode=recompute"]
+    if plan.num_resident != 0 and not plan.on_host:
+        saved = plan.weights if plan.num_resident is None else plan.weights // (plan.num_resident + DEFAULT_SLOTS)
+        steps.append(f"memory.resident_blocks={_fewer(plan.num_resident)} (gives back up to {saved / GIB:.1f} GiB)")
+    if not plan.num_offloaded:
+        steps.append(f"memory.offloaded_blocks=99 (gives back up to {plan.kept / GIB:.1f} GiB)")
     steps += ["train.batch_size=1 with train.gradient_accumulation_steps instead", "a lower adapter.rank"]
     return (
         f"out of memory on the device (planned {plan.total / GIB:.1f} GiB with memory.mode={plan.activations}): "
         f"{first_line}\n       try: {'; '.join(steps)}; checkpoints are untouched, the run resumes from the newest"
     )
+
+
+def _fewer(num_resident: int | None) -> int:
+    return 0 if num_resident is None else max(0, num_resident - 4)

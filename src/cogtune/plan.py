@@ -2,9 +2,8 @@
 
 import math
 import os
-from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
@@ -12,69 +11,24 @@ from diffusers import CogVideoXTransformer3DModel
 from cogtune import models
 from cogtune.adapter import count_adapter_parameters
 from cogtune.attention_backends import check_backend
-from cogtune.buckets import assign_formats, make_formats
-from cogtune.cache import Cache
 from cogtune.config import RunConfig
-from cogtune.decoding import default_workers
+from cogtune.data_plan import DataPlan, make_data_plan, refuse_missing_files
 from cogtune.errors import UserError
 from cogtune.float8 import check_float8_device
 from cogtune.frozen import count_float8_parameters
-from cogtune.manifest import Clip, ClipFormat, read_manifest, split_validation
-from cogtune.memory import ACTIVATIONS_FAST_TO_SLOW, GIB, MemoryPlan, choose_activations, free_device_bytes, predict
+from cogtune.ladder import BlockTimes, choose_rung, describe_rungs, list_rungs, predict_seconds, sort_rungs
+from cogtune.machine import Machine, measure_machine
+from cogtune.memory import (
+    GIB,
+    KEPT_UNITS,
+    MemoryPlan,
+    activation_bytes,
+    element_bytes,
+    free_device_bytes,
+    predict,
+)
 from cogtune.models import ModelFacts
-from cogtune.video import ClipError, read_image_size
-
-IMAGE_DROPOUT = 0.05
-"""What the released image-to-video models were trained with (SAT `noised_image_dropout`)."""
-
-
-@dataclass(frozen=True)
-class DataPlan:
-    """What the data commands need: the model's facts, the clips and their format."""
-
-    config: RunConfig
-    facts: ModelFacts
-    device: torch.device
-    dtype: torch.dtype
-    clip_format: ClipFormat
-    """Of clips without a bucket, and of validation's videos: of the bucket with the most clips."""
-    train_clips: list[Clip]
-    validation_clips: list[Clip]
-    num_workers: int
-
-    @property
-    def formats(self) -> dict[ClipFormat, int]:
-        """The formats in use, with their number of clips to train on."""
-        counts = Counter(clip.form or self.clip_format for clip in self.train_clips)
-        return {form: counts[form] for form in sorted(counts, key=ClipFormat.describe)}
-
-    @property
-    def image_dropout(self) -> float:
-        """Part of the samples that train without their image."""
-        wanted = self.config.train.image_dropout
-        return IMAGE_DROPOUT if wanted is None else wanted
-
-    def describe_formats(self) -> str:
-        """Frames, size and rate, for each bucket."""
-        rows = [
-            f"{form.num_frames} frames of {form.width}x{form.height} at {form.fps:g} fps"
-            + (f": {count} clip(s)" if len(self.formats) > 1 else "")
-            for form, count in self.formats.items()
-        ]
-        return ("\n" + 12 * " ").join(rows)
-
-    def make_cache(self) -> Cache:
-        """The run's cache, checked to be writable."""
-        cache = Cache(self.config.data.cache_dir)
-        cache.check_writable()
-        return cache
-
-    def extra_texts(self) -> list[str]:
-        """Every text beside the captions that a run needs: validation's prompts and the empty caption, as set."""
-        validation, train = self.config.validation, self.config.train
-        wanted = validation.enabled and bool(validation.prompts)
-        prompts = [*validation.prompts, validation.negative_prompt] if wanted else []
-        return prompts + ([""] if train.dropped_caption == "empty" and train.caption_dropout else [])
+from cogtune.streaming.host import free_host_bytes
 
 
 @dataclass(frozen=True)
@@ -86,7 +40,12 @@ class TrainingPlan(DataPlan):
     num_trainable: int
     tokens: int
     memory: MemoryPlan
+    rungs: list[MemoryPlan]
+    """What was chosen from, fastest first."""
+    machine: Machine
     free_bytes: int | None
+    free_host: int | None
+    """Host memory for each process."""
     compiled: bool
     num_float8: int
     """Frozen weights that are multiplied by in float8."""
@@ -98,12 +57,6 @@ class TrainingPlan(DataPlan):
         """Whether prior clips are trained towards the base model's predictions."""
         there = any(clip.prior and clip.weight for clip in self.train_clips)
         return there and self.num_parameters > 0 and self.config.train.prior_target != "clip"
-
-    @property
-    def hold_dropped(self) -> bool:
-        """Whether samples without caption are."""
-        train = self.config.train
-        return train.dropped_target == "base" and train.caption_dropout > 0
 
     @property
     def global_batch(self) -> int:
@@ -158,71 +111,15 @@ class TrainingPlan(DataPlan):
                 lines.append(f"{form.describe()} fills a step of {self.global_batch} {when}")
         return ("\n" + 12 * " ").join(lines)
 
-
-def make_data_plan(config: RunConfig) -> DataPlan:
-    """Reads the model's configs and the manifests; raises `UserError` for anything wrong in them."""
-    data = config.data
-    if data.manifest is None:
-        raise UserError("data.manifest is not set; give a folder of clips with captions, a .jsonl or a .csv file")
-    device = models.choose_device(config.model.device)
-    facts = models.read_facts(models.find_folder(config.model.path))
-    _check_images(config, facts)
-    formats = make_formats(data, facts)
-
-    def read(manifest: Path) -> list[Clip]:
-        return read_manifest(manifest, id_token=data.id_token, allow_outside_root=data.allow_outside_root)
-
-    clips = read(data.manifest)
-    if data.validation_manifest is not None:
-        train, validation = clips, read(data.validation_manifest)
-    else:
-        train, validation = split_validation(clips, data.validation_clips, config.train.seed)
-    train, validation = assign_formats(train, formats), assign_formats(validation, formats)
-    if not any(clip.weight for clip in train):
-        raise UserError(f"data.manifest={data.manifest}: every clip has weight 0; give at least one a weight above it")
-    return DataPlan(
-        config=config,
-        facts=facts,
-        device=device,
-        dtype=models.choose_dtype(config.model.dtype, facts, device),
-        clip_format=Counter(clip.form or formats[0] for clip in train).most_common(1)[0][0],
-        train_clips=train,
-        validation_clips=validation,
-        num_workers=default_workers() if data.num_workers is None else data.num_workers,
-    )
-
-
-def _check_images(config: RunConfig, facts: ModelFacts) -> None:
-    """Settings about images fit the model, and every prompt has its image."""
-    prompts, images = config.validation.prompts, config.validation.images or []
-    if not facts.takes_image:
-        for name, value in (("train.image_dropout", config.train.image_dropout), ("validation.images", images or None)):
-            if value is not None:
-                raise UserError(f"{name}: {facts.variant} is a text-to-video model and takes no image; remove it")
-        return
-    if config.validation.enabled and len(images) != len(prompts):
-        raise UserError(
-            f"validation.images: {len(images)} for {len(prompts)} prompt(s); an image-to-video model needs the first "
-            "frame of each, in the same order: --validation.images=FILE, repeated"
-        )
-    for image in images:
-        try:
-            read_image_size(image)
-        except ClipError as error:
-            raise UserError(f"validation.images: {error}; give a readable image") from None
-
-
-def _refuse_missing_files(clips: list[Clip], config: RunConfig) -> None:
-    """With `data.bad_clips=skip` they are left out later, like clips that don't decode."""
-    files = [(clip, file) for clip in clips for file in (clip.video, clip.image) if file is not None]
-    missing = [(clip, file) for clip, file in files if not file.is_file()]
-    if missing and config.data.bad_clips == "error":
-        lines = [f"{clip.id}: {file} does not exist" for clip, file in missing[:20]]
-        listed = "\n       ".join(lines)
-        raise UserError(
-            f"{len({clip for clip, _ in missing})} clip(s) have no file:\n       {listed}\n"
-            "       correct the manifest or remove the rows, "
-            "or set data.bad_clips=skip to train without them"
+    def describe_rungs(self) -> str:
+        """The table of `--dry-run`: what each rung of memory takes and costs on this machine."""
+        assumed = "" if self.device.type == "cuda" else " (assumed, there is no GPU)"
+        host = "unknown" if self.free_host is None else f"{self.free_host / GIB:.1f} GiB"
+        return "\n".join(
+            [
+                f"{'machine':<11} {self.machine.describe()}{assumed}; free host memory: {host}",
+                describe_rungs(self.rungs, self.memory, self.free_bytes, self.free_host),
+            ]
         )
 
 
@@ -265,12 +162,11 @@ def make_full_plan(config: RunConfig) -> TrainingPlan:
         raise UserError(
             "train.float8_base=true: full fine-tuning (train/sft.py) freezes no weight; remove it, or use train/lora.py"
         )
-    for name in ("prior_target", "dropped_target"):
-        if getattr(config.train, name) == "base":
-            raise UserError(
-                f"train.{name}=base: full fine-tuning (train/sft.py) keeps no base model to ask; set clip, or use "
-                "train/lora.py"
-            )
+    if config.train.prior_target == "base":
+        raise UserError(
+            "train.prior_target=base: full fine-tuning (train/sft.py) keeps no base model to ask; set clip, or use "
+            "train/lora.py"
+        )
     data = make_data_plan(config)
     num_parameters = sum(p.numel() for p in _make_meta(data.facts).parameters())
     return _add_training(data, 0, num_parameters, 0)
@@ -294,8 +190,9 @@ def _check_cuda_graph(data: DataPlan) -> None:
 
 def _add_training(data: DataPlan, num_parameters: int, num_trainable: int, num_float8: int) -> TrainingPlan:
     config = data.config
-    _refuse_missing_files([*data.train_clips, *data.validation_clips], config)
+    refuse_missing_files([*data.train_clips, *data.validation_clips], config)
     _check_cuda_graph(data)
+    _check_optimizer(config, data.dtype, full=num_parameters == 0)
     check_backend(
         config.train.attention,
         num_heads=data.facts.num_heads,
@@ -304,24 +201,24 @@ def _add_training(data: DataPlan, num_parameters: int, num_trainable: int, num_f
         device=data.device,
     )
     tokens = max(data.facts.num_tokens(form.num_frames, form.height, form.width) for form in data.formats)
-    num_encoder = models.count_image_encoder(data.facts)
-    image_pixels = max(form.height * form.width for form in data.formats)
-    plans = [
-        predict(
-            data.facts,
-            activations,
-            num_parameters=num_parameters,
-            num_trainable=num_trainable,
-            tokens=tokens,
-            batch_size=config.train.batch_size,
-            dtype=data.dtype,
-            num_float8=num_float8,
-            num_encoder=num_encoder,
-            image_pixels=image_pixels,
-        )
-        for activations in ACTIVATIONS_FAST_TO_SLOW
-    ]
     free = free_device_bytes(data.device)
+    free_host = free_host_bytes()
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    free_host = None if free_host is None else free_host // local_processes
+    machine = measure_machine(data.device, data.dtype)
+    rungs = list_training_rungs(
+        data.facts,
+        config,
+        dtype=data.dtype,
+        machine=machine,
+        tokens=tokens,
+        free_bytes=free,
+        num_parameters=num_parameters,
+        num_trainable=num_trainable,
+        num_float8=num_float8,
+        image_pixels=max(form.height * form.width for form in data.formats),
+    )
+    memory = choose_rung(rungs, config.memory, free, free_host)
     compiled = {"on": True, "off": False, "auto": data.device.type == "cuda"}[config.train.compile]
     return TrainingPlan(
         **vars(data),
@@ -329,9 +226,101 @@ def _add_training(data: DataPlan, num_parameters: int, num_trainable: int, num_f
         num_parameters=num_parameters,
         num_trainable=num_trainable,
         tokens=tokens,
-        memory=choose_activations(plans, config.memory.mode, free),
+        memory=memory,
+        rungs=rungs,
+        machine=machine,
         free_bytes=free,
+        free_host=free_host,
         compiled=compiled,
         num_float8=num_float8,
-        autocast=num_parameters == 0 and data.dtype != torch.float32,
+        autocast=num_parameters == 0 and data.dtype != torch.float32 and not memory.on_host,
     )
+
+
+def list_training_rungs(
+    facts: ModelFacts,
+    config: RunConfig,
+    *,
+    dtype: torch.dtype,
+    machine: Machine,
+    tokens: int,
+    free_bytes: int | None,
+    num_parameters: int,
+    num_trainable: int,
+    num_float8: int = 0,
+    image_pixels: int = 0,
+) -> list[MemoryPlan]:
+    """The ladder of a run; raises `UserError` for streaming where nothing can be streamed."""
+    settings, batch_size = config.memory, config.train.batch_size
+    frozen = bool(num_parameters)
+    streamable = frozen and not config.train.cuda_graph
+    asked = settings.resident_blocks != "auto" and settings.resident_blocks < facts.num_layers
+    if asked and not streamable:
+        why = "train.cuda_graph records addresses" if frozen else "full fine-tuning (train/sft.py) freezes no weight"
+        raise UserError(
+            f"memory.resident_blocks={settings.resident_blocks}: frozen weights are streamed, but {why}; remove one"
+        )
+    if config.train.cuda_graph and settings.offloaded_blocks not in ("auto", 0):
+        raise UserError(
+            f"memory.offloaded_blocks={settings.offloaded_blocks}: can't go with train.cuda_graph; remove one of them"
+        )
+    if config.train.cuda_graph:
+        settings = settings.model_copy(update={"offloaded_blocks": 0})
+    block = models.make_meta_transformer(facts).transformer_blocks[0]
+    num_block = sum(p.numel() for p in block.parameters())
+    unit = activation_bytes(facts, tokens, batch_size, dtype)
+    times = BlockTimes.of(facts, tokens, batch_size, machine)
+
+    def time_of(plan: MemoryPlan) -> float:
+        return predict_seconds(
+            plan,
+            times,
+            machine,
+            num_layers=facts.num_layers,
+            block_bytes=num_block * element_bytes(dtype),
+            kept_bytes=KEPT_UNITS[plan.activations] * unit,
+            weight_gradients=not frozen,
+        )
+
+    count = partial(
+        predict,
+        facts,
+        num_parameters=num_parameters,
+        num_trainable=num_trainable,
+        tokens=tokens,
+        batch_size=batch_size,
+        dtype=dtype,
+        num_float8=num_float8,
+        num_encoder=models.count_image_encoder(facts),
+        image_pixels=image_pixels,
+        num_block_parameters=num_block,
+    )
+    shape = {"num_layers": facts.num_layers, "free_bytes": free_bytes, "streamable": streamable}
+    if frozen or settings.optimizer == "device" or _why_not_on_host(config, dtype):
+        return list_rungs(count, time_of, settings, **shape)
+    on_host = list_rungs(partial(count, on_host=True), time_of, settings, **shape)
+    if settings.optimizer == "host":
+        return on_host
+    on_device = list_rungs(count, time_of, settings, **shape)
+    return on_device if free_bytes is None else sort_rungs([*on_device, *on_host])
+
+
+def _why_not_on_host(config: RunConfig, dtype: torch.dtype) -> str:
+    """What keeps a full fine-tuning's optimizer off the host; empty where nothing does."""
+    reasons = {
+        "float16 needs loss scaling; set model.dtype=bfloat16": dtype == torch.float16,
+        "train.gradient_accumulation_steps must be 1": config.train.gradient_accumulation_steps > 1,
+        "train.ema_decay must be null": config.train.ema_decay is not None,
+        "train.cuda_graph must be false": config.train.cuda_graph,
+        "it needs one process": int(os.environ.get("WORLD_SIZE", "1")) > 1,
+    }
+    return "; ".join(reason for reason, holds in reasons.items() if holds)
+
+
+def _check_optimizer(config: RunConfig, dtype: torch.dtype, *, full: bool) -> None:
+    """Raises `UserError` where memory.optimizer=host can't be."""
+    if config.memory.optimizer != "host":
+        return
+    why = _why_not_on_host(config, dtype) if full else "it is for full fine-tuning (train/sft.py)"
+    if why:
+        raise UserError(f"memory.optimizer=host: {why}; or set memory.optimizer=device")

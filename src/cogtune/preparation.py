@@ -7,12 +7,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from cogtune.cache import Cache, make_key
+from cogtune.data_plan import DataPlan
 from cogtune.dataset import Entry
 from cogtune.encoding import CacheKeys, Share, encode_captions, encode_clips, find_cut_captions
 from cogtune.errors import UserError
 from cogtune.manifest import Clip
 from cogtune.memory import GIB
-from cogtune.plan import DataPlan
 from cogtune.video import ClipError, describe_fit, read_image_size
 
 

@@ -6,6 +6,7 @@ python scripts/random_pipeline.py --model cogvideox-5b OUT
 import json
 import pydoc_data.topics
 import string
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -143,6 +144,31 @@ def make_random_transformer(
         torch.set_default_dtype(default)
     _make_lively(transformer)
     return transformer.requires_grad_(False).eval()
+
+
+def make_random_on_host(
+    build: Callable[[], torch.nn.Module], blocks_name: str, *, device: torch.device, dtype: torch.dtype
+) -> Any:
+    """A frozen model with small random weights on the host, made part by part on the device, which is fast on a GPU.
+
+    No more than one of its blocks, or all that is outside of them, is on the device at once.
+    """
+    with torch.device("meta"):
+        model = build().to(dtype)
+    parts = [*model.get_submodule(blocks_name).children(), model]  # blocks are there already in the last one's turn
+    generator = torch.Generator(device).manual_seed(0)
+    for part in parts:
+        for module in part.modules():
+            for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                if not tensor.is_meta:
+                    continue
+                values = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                values = values.normal_(std=0.02, generator=generator) if tensor.is_floating_point() else values.zero_()
+                values = values + 1 if "norm" in type(module).__name__.lower() and name == "weight" else values
+                is_parameter = name in module._parameters
+                new = torch.nn.Parameter(values.cpu(), requires_grad=False) if is_parameter else values.cpu()
+                setattr(module, name, new)
+    return model.requires_grad_(False).eval()
 
 
 def make_architecture_facts(model: str, **changes: Any) -> ModelFacts:

@@ -19,19 +19,22 @@ from cogtune.attention import install_attention
 from cogtune.attention_backends import Backend, BackendTiming, activate, choose_backend, measure_backends
 from cogtune.checkpoint import Checkpoint, CheckpointFolder, find_differences, read_checkpoint
 from cogtune.config import RunConfig
+from cogtune.data_plan import DataPlan
 from cogtune.dataset import Batch, PositionSampler, TrainingSet, make_loader
 from cogtune.denoiser import Denoiser
 from cogtune.draws import derive_seed
 from cogtune.ema import Ema
 from cogtune.errors import UserError
 from cogtune.execution import allow_shapes, configure_blocks
-from cogtune.frozen import quantize_base
+from cogtune.frozen import quantize_base, quantize_block
+from cogtune.host_training import HostAdamW, HostStepGuard
 from cogtune.image_encoder import load_image_encoder
 from cogtune.memory import explain_out_of_memory
 from cogtune.optimization import StepGuard, make_optimizer
-from cogtune.plan import DataPlan, TrainingPlan
+from cogtune.plan import TrainingPlan
 from cogtune.preparation import EncodedData
 from cogtune.report import write_report
+from cogtune.streaming.blocks import stream_blocks
 from cogtune.tracking import MetricsLog
 from cogtune.trainer import Trained, Trainer
 from cogtune.validator import Validator
@@ -176,13 +179,24 @@ class Run:
         checkpoint = self.open_folder()
         torch.backends.cuda.matmul.allow_tf32 = config.memory.allow_tf32
         set_seed(config.train.seed)
-        transformer = trained.transformer.to(accelerator.device)
+        transformer, memory = trained.transformer, plan.memory
+        if memory.num_resident is None and trained.host is None:
+            transformer.to(accelerator.device)
         backend = self._choose_attention(transformer)
-        if plan.num_float8:
+        if memory.num_resident is not None and trained.host is None:
+            prepare = quantize_block if plan.num_float8 else None
+            where = accelerator.device
+            stream_blocks(transformer, "transformer_blocks", where, num_resident=memory.num_resident, prepare=prepare)
+        elif plan.num_float8:
             quantize_base(transformer)
         self._note_ways(backend)
         configure_blocks(
-            transformer, plan.memory.activations, compiled=plan.compiled, has_dropout=config.adapter.dropout > 0
+            transformer,
+            memory.activations,
+            compiled=plan.compiled,
+            has_dropout=config.adapter.dropout > 0,
+            num_offloaded=memory.num_offloaded,
+            gradients=None if trained.host is None else trained.host.gradients,
         )
         allow_shapes(len({clip.form for clip in [*plan.train_clips, *plan.validation_clips]}))
         model = accelerator.prepare_model(transformer)
@@ -192,16 +206,13 @@ class Run:
             dtype=plan.dtype,
             min_snr_gamma=config.train.min_snr_gamma,
             autocast=plan.autocast,
-            base=trained.base if plan.hold_prior or plan.hold_dropped else None,
+            base=trained.base if plan.hold_prior else None,
             ask_base=self._when_to_ask_base(),
             image_encoder=load_image_encoder(plan.facts, plan.dtype, accelerator.device)
             if plan.facts.takes_image
             else None,
         )
-        optimizer = make_optimizer(list(trained.parameters().values()), config.optimizer)
-        guard = StepGuard(
-            accelerator.device, use_loss_scale=plan.dtype == torch.float16, max_grad_norm=config.optimizer.max_grad_norm
-        )
+        optimizer, guard = self._make_optimizer(trained)
         first_step = checkpoint.step if checkpoint else 0
         tracking = config.tracking
         with MetricsLog(
@@ -252,6 +263,15 @@ class Run:
             return "always"
         return "samples" if self.accelerator.device.type == "cpu" else "batch"
 
+    def _make_optimizer(self, trained: Trained) -> tuple[torch.optim.Optimizer, StepGuard | HostStepGuard]:
+        settings, device = self.config.optimizer, self.accelerator.device
+        if trained.host is not None:
+            on_host = HostAdamW(trained.host, settings)
+            return on_host, HostStepGuard(trained.host, on_host, max_grad_norm=settings.max_grad_norm)
+        use_scale = self.plan.dtype == torch.float16
+        guard = StepGuard(device, use_loss_scale=use_scale, max_grad_norm=settings.max_grad_norm)
+        return make_optimizer(list(trained.parameters().values()), settings), guard
+
     def _choose_attention(self, transformer: Any) -> Backend:
         """Measures the attention kernels for this run's shape and takes one."""
         plan, config, device = self.plan, self.config, self.accelerator.device
@@ -278,7 +298,7 @@ class Run:
         if self.accelerator.is_main_process:
             how = "each block compiled" if plan.compiled else "not compiled"
             base = ", frozen base in float8" if plan.num_float8 else ""
-            line = f"# Ran with: attention {backend}, activations {plan.memory.activations}, {how}{base}\n"
+            line = f"# Ran with: attention {backend}, activations {plan.memory.name()}, {how}{base}\n"
             path = self.folder / "config.yaml"
             path.write_text(line + path.read_text(encoding="utf-8"), encoding="utf-8")
 
@@ -312,11 +332,9 @@ class Run:
             scaling_factor=self.plan.facts.scaling_factor,
             caption_dropout=train.caption_dropout,
             timestep_strata=train.timestep_strata,
-            lowest_timestep=train.lowest_timestep,
             dropped_caption_key=self.data.keys.text("") if train.dropped_caption == "empty" else None,
             prior_weight=train.prior_weight,
             hold_prior=self.plan.hold_prior,
-            hold_dropped=self.plan.hold_dropped,
             patch_size_t=self.plan.facts.patch_size_t,
             image_dropout=self.plan.image_dropout,
             global_batch=self.plan.global_batch,

@@ -24,6 +24,7 @@ from cogtune.denoiser import Denoiser
 from cogtune.draws import derive_seed
 from cogtune.ema import Ema
 from cogtune.errors import UserError
+from cogtune.host_training import HostStepGuard
 from cogtune.memory import GIB
 from cogtune.optimization import StepGuard, learning_rate_at
 from cogtune.recorded_pass import RecordedPass
@@ -34,6 +35,8 @@ class Trained(Protocol):
     """What a run trains: the adapter of a transformer, or all of it."""
 
     transformer: Any
+    host: Any
+    """Float32 weights in host memory (`host_training.HostWeights`), or None."""
 
     @property
     def base(self) -> Callable[[], contextlib.AbstractContextManager[None]] | None:
@@ -78,7 +81,7 @@ class Trainer:
         model: torch.nn.Module,
         denoiser: Denoiser,
         optimizer: torch.optim.Optimizer,
-        guard: StepGuard,
+        guard: StepGuard | HostStepGuard,
         make_loader: Callable[[int], DataLoader[Batch]],
         checkpoints: CheckpointFolder,
         log: MetricsLog,

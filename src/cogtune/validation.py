@@ -25,6 +25,7 @@ from cogtune.encoding import release_memory
 from cogtune.generation import decode_latents, generate_latents, make_pipeline
 from cogtune.image_encoder import ImageEncoder
 from cogtune.models import ModelFacts
+from cogtune.placement import make_coder, release_blocks
 from cogtune.video import write_video
 from cogtune.video_request import Request
 
@@ -138,8 +139,8 @@ def generate_videos(
 ) -> None:
     """Generates this rank's jobs into the folder; `image_encoder` for image-to-video models.
 
-    The VAE comes onto the device only to decode, tiled, after all latents are sampled, so the peak stays at the
-    larger of sampling and (weights + tiled decode).
+    The VAE comes onto the device only to decode, after all latents are sampled and streamed weights have left, frame
+    by frame where memory is short (by tiles on a CPU), so the peak stays near that of sampling.
     """
     if not jobs:
         return
@@ -155,13 +156,16 @@ def generate_videos(
         for job in tqdm(jobs, "videos", unit="video", disable=quiet, leave=False):
             embeddings = [_read_embeddings(cache, key).to(device, dtype) for key in (job.text_key, job.negative_key)]
             latents.append(generate_latents(pipeline, job.request, *embeddings).cpu())
+    release_blocks(transformer)
     release_memory(device)
     vae = models.load_vae(facts, dtype).to(device)  # pyright: ignore[reportArgumentType]
     vae.enable_tiling()
+    pixels = max(job.request.height * job.request.width for job in jobs)
+    coder = make_coder(vae, pixels=pixels) if device.type == "cuda" else None
     for job, sample in zip(jobs, latents, strict=True):
-        frames = decode_latents(vae, sample, facts.scaling_factor)
+        frames = decode_latents(vae, sample, facts.scaling_factor, coder)
         write_video(folder / job.file_name(), frames, facts.fps)
-    del vae
+    del vae, coder
     release_memory(device)
 
 

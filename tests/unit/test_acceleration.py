@@ -52,7 +52,7 @@ def test_the_attention_kernel_is_the_fastest_forward_where_there_is_a_choice(
 
 
 def test_tiling_is_off_unless_asked_for_without_a_gpu() -> None:
-    assert [decide_tiling(wanted, CPU) for wanted in ("auto", "on", "off")] == [False, True, False]
+    assert [decide_tiling(wanted, CPU, "none") for wanted in ("auto", "on", "off")] == [False, True, False]
 
 
 def test_float8_replaces_the_products_and_keeps_the_modulations() -> None:
@@ -61,7 +61,7 @@ def test_float8_replaces_the_products_and_keeps_the_modulations() -> None:
     join_blocks(transformer, compiled=False)
     expected = transformer.transformer_blocks[0](*tokens)[0]
     part_blocks(transformer)
-    assert quantize_for_inference(transformer) == 12
+    assert sum(quantize_for_inference(block) for block in transformer.transformer_blocks) == 12
     block = transformer.transformer_blocks[1]
     assert isinstance(block.ff.net[0].proj, Float8Base) and isinstance(block.attn1.qkv, Float8Base)
     assert type(block.norm1.linear) is type(block.norm2.linear) is torch.nn.Linear

@@ -1,6 +1,7 @@
-"""The memory plan: its arithmetic, which plan is chosen, and how near it comes to measured peaks."""
+"""The memory plan's arithmetic, and how near it comes to measured peaks."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,16 +9,14 @@ import torch
 
 from cogtune.adapter import count_adapter_parameters
 from cogtune.config import AdapterSettings
-from cogtune.errors import UserError
 from cogtune.memory import (
     ACTIVATIONS_FAST_TO_SLOW,
     ENCODER_UNITS,
     GIB,
     KEPT_UNITS,
-    MARGIN,
+    OFFLOADED_AT_ONCE,
     WORKSPACE_UNITS,
     MemoryPlan,
-    choose_activations,
     explain_out_of_memory,
     free_device_bytes,
     predict,
@@ -86,48 +85,29 @@ def test_faster_plans_need_more(tiny_folder: Path) -> None:
     assert units == sorted(units, reverse=True) and len(set(units)) == 4 == len(KEPT_UNITS)
 
 
-def make_plans(*totals_gib: float) -> list[MemoryPlan]:
-    return [
-        MemoryPlan(activations, int(total * GIB), 0, 0, 0)
-        for activations, total in zip(ACTIVATIONS_FAST_TO_SLOW, totals_gib, strict=True)
-    ]
+def test_streamed_weights_and_offloaded_activations_leave_the_device(tiny_folder: Path) -> None:
+    facts = replace(read_facts(tiny_folder), num_layers=10)
+    sizes = {"num_parameters": 1100, "num_trainable": 10, "tokens": 100, "batch_size": 3, "dtype": torch.bfloat16}
+    whole = predict(facts, "keep_products", **sizes)
+    plan = predict(facts, "keep_products", **sizes, num_block_parameters=100, num_resident=4, num_offloaded=7)
+    kept = KEPT_UNITS["keep_products"] * 3 * 100 * 32 * 2
+    assert whole.host == 0 and whole.weights == 2200 and whole.kept == int(10 * kept)
+    assert plan.weights == 200 + (4 + 2) * 200, "outside of the blocks, resident, and two slots"
+    assert plan.kept == int((3 + OFFLOADED_AT_ONCE) * kept)
+    assert plan.host == 10 * 200 + int(7 * kept), "every block has its copy there"
+    assert (plan.trainable, plan.workspace) == (whole.trainable, whole.workspace)
+    assert plan.name() == "keep_products, 4 blocks resident, others streamed, activations of 7 blocks on the host"
+    last = predict(facts, "keep_products", **sizes, num_block_parameters=100, num_resident=9)
+    assert last.weights == whole.weights, "one streamed block needs one slot"
 
 
-@pytest.mark.parametrize(
-    "free_gib, expected",
-    [
-        (100.0, "keep_all"),
-        (40.0 / MARGIN + 0.01, "keep_all"),
-        (40.0, "keep_products"),
-        (30.0, "keep_attention"),
-        (11.0, "recompute"),
-    ],
-)
-def test_the_fastest_plan_that_fits_is_chosen(free_gib: float, expected: str) -> None:
-    assert choose_activations(make_plans(40, 30, 20, 10), "auto", int(free_gib * GIB)).activations == expected
-
-
-def test_a_given_mode_is_taken_whatever_is_free() -> None:
-    for mode in ACTIVATIONS_FAST_TO_SLOW:
-        assert choose_activations(make_plans(40, 30, 20, 10), mode, GIB).activations == mode
-
-
-def test_a_cpu_keeps_what_is_small_and_refuses_nothing() -> None:
+def test_a_cpu_has_no_limit_of_its_own() -> None:
     assert free_device_bytes(torch.device("cpu")) is None
-    assert choose_activations(make_plans(40, 30, 20, 10), "auto", None).activations == "recompute"
-    assert choose_activations(make_plans(40, 30, 1.5, 1), "auto", None).activations == "keep_attention"
-    assert choose_activations(make_plans(1.5, 1.2, 1, 0.5), "auto", None).activations == "keep_all"
-
-
-def test_what_does_not_fit_is_refused_with_the_settings_to_turn() -> None:
-    with pytest.raises(UserError) as caught:
-        choose_activations(make_plans(40, 30, 20, 10), "auto", 8 * GIB)
-    for part in ("needs 10.0 GiB", "8.0 GiB are free", "train.batch_size", "adapter.rank", "memory.mode=recompute"):
-        assert part in str(caught.value)
 
 
 def test_out_of_memory_names_what_is_left_to_turn() -> None:
-    plans = make_plans(40, 30, 20, 10)
+    totals = zip(ACTIVATIONS_FAST_TO_SLOW, (40, 30, 20, 10), strict=True)
+    plans = [MemoryPlan(activations, total * GIB, 0, 0, 0) for activations, total in totals]
     error = torch.OutOfMemoryError("Tried to allocate 2 GiB\nand more lines")
     text = explain_out_of_memory(plans[0], error)
     for part in ("planned 40.0 GiB", "memory.mode=keep_all", "Tried to allocate 2 GiB", "memory.mode=recompute"):
@@ -135,6 +115,11 @@ def test_out_of_memory_names_what_is_left_to_turn() -> None:
     assert "and more lines" not in text
     assert "memory.mode=recompute;" not in explain_out_of_memory(plans[-1], error), "that is what it ran with"
     assert "train.batch_size=1" in explain_out_of_memory(plans[-1], error)
+    assert "memory.resident_blocks=0 (gives back up to 40.0 GiB)" in text
+    assert "memory.offloaded_blocks=99" in text
+    smallest = MemoryPlan("recompute", GIB, 0, 0, 0, num_resident=0, num_offloaded=4)
+    assert "resident_blocks" not in explain_out_of_memory(smallest, error)
+    assert "offloaded_blocks" not in explain_out_of_memory(smallest, error)
 
 
 def test_the_image_encoder_is_in_the_plan_of_image_models_only() -> None:

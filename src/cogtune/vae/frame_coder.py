@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor, nn
 
-from cogtune.vae import kernels
+from cogtune.vae import kernels, slabs
 from cogtune.vae.layers import (
     Kept,
     Operations,
@@ -40,23 +40,26 @@ class FrameCoder:
         fused: Fused | None = None,
         tune_convolutions: bool = True,
         stacked: bool = False,
+        in_slabs: bool = False,
     ) -> None:
         """`fused`: what joins the work between convolutions; the kernels by default where they run, or else nothing.
 
-        `stacked`: 3D convolutions run as 2D ones over the channels of three frames.
+        `stacked`: 3D convolutions run as 2D ones over the channels of three frames. `in_slabs`: frame by frame, with
+        the least memory (`vae/slabs.py`); nothing is fused then.
         """
         if vae.quant_conv is not None or vae.post_quant_conv is not None:
             raise ValueError("an autoencoder with quant_conv layers can't run this way; use the stock one")
         self.vae = vae
+        self.in_slabs = in_slabs
         self._tune = tune_convolutions
         for module in vae.modules():
             if isinstance(module, nn.Conv3d):
                 module.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]
             elif isinstance(module, nn.Conv2d):
                 module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        fused = fused or ("kernels" if _takes_kernels(vae) else "nothing")
+        fused = "nothing" if in_slabs else fused or ("kernels" if _takes_kernels(vae) else "nothing")
         convolution = convolve_stacked if stacked else convolve
-        self._operations = Operations(activate, add, convolution)
+        self._operations = Operations(activate, slabs.add if in_slabs else add, convolution, in_slabs)
         if fused == "kernels":
             self._operations = Operations(kernels.activate, kernels.add, convolution)
         elif fused == "compiled":

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cogtune.vae import slabs
+
 Kept = list[Tensor]
 
 
@@ -27,6 +29,8 @@ class Operations:
     activate: Callable[..., Tensor]
     add: Callable[[Tensor, Tensor, Tensor], Tensor]
     convolve: Callable[[Tensor, nn.Conv3d], Tensor]
+    in_slabs: bool = False
+    """Frame by frame, with a fraction of the memory; the other fields then serve the first layer and shortcuts."""
 
 
 def normalization_terms(values: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
@@ -137,10 +141,15 @@ class Layers:
         """Norm (spatial where there are latents) of `values + bias`, SiLU, causal convolution without its bias."""
         modulation = None
         if latents is not None:
-            modulation = tuple(
-                repeat_frames(layer.conv(latents), values.shape[2]) for layer in (norm.conv_y, norm.conv_b)
-            )
+            scale, shift = (repeat_frames(layer.conv(latents), values.shape[2]) for layer in (norm.conv_y, norm.conv_b))
+            modulation = scale, shift
             norm = norm.norm_layer
+        if self._operations.in_slabs:
+            output, kept = slabs.activate_and_convolve(
+                values, bias, norm, modulation, self._next_kept(), convolution.conv
+            )
+            self.kept.append(kept)
+            return output
         return self._finish(self._operations.activate(values, bias, norm, modulation, self._next_kept()), convolution)
 
     def _finish(self, padded: Tensor, convolution: Any) -> Tensor:
@@ -171,20 +180,25 @@ def _convolve_frames(values: Tensor, convolution: nn.Conv2d) -> Tensor:
     return convolution(values.transpose(1, 2).flatten(0, 1)).unflatten(0, (batch, -1)).transpose(1, 2)
 
 
-def downsample(values: Tensor, layer: Any) -> Tensor:
+def downsample(values: Tensor, layer: Any, *, in_slabs: bool = False) -> Tensor:
     """Half the height and width; half the frames too where the layer compresses time."""
     if layer.compress_time and values.shape[2] > 1:
         single = values.shape[2] % 2
         # A mean over pairs, which would leave channels-last memory.
         pairs = torch.lerp(values[:, :, single::2], values[:, :, single + 1 :: 2], 0.5)
         values = torch.cat([values[:, :, :single], pairs], dim=2)
+    if in_slabs:
+        return slabs.downsample_frames(values, layer.conv)
     return _convolve_frames(F.pad(values, (0, 1, 0, 1)), layer.conv)
 
 
-def upsample(values: Tensor, layer: Any) -> Tensor:
+def upsample(values: Tensor, layer: Any, *, in_slabs: bool = False) -> Tensor:
     """Twice the height and width; twice the frames (but for a clip's first) where the layer enlarges time."""
     frames = values.shape[2]
-    output = _convolve_frames(repeat_pixels(values, 2), layer.conv)
+    if in_slabs:
+        output = slabs.upsample_frames(values, layer.conv)
+    else:
+        output = _convolve_frames(repeat_pixels(values, 2), layer.conv)
     if layer.compress_time and frames > 1:
         output = repeat_frames(output, 2 * frames - frames % 2)
     return output
@@ -198,7 +212,7 @@ def encode_group(encoder: Any, pixels: Tensor, kept: Kept | None, operations: Op
         for resnet in block.resnets:
             values = layers.resnet(values, resnet, None)
         for layer in block.downsamplers or ():
-            values = downsample(values, layer)
+            values = downsample(values, layer, in_slabs=operations.in_slabs)
     for resnet in encoder.mid_block.resnets:
         values = layers.resnet(values, resnet, None)
     return layers.finish(values, encoder.norm_out, None, encoder.conv_out), layers.kept
@@ -214,5 +228,5 @@ def decode_group(decoder: Any, latents: Tensor, kept: Kept | None, operations: O
         for resnet in block.resnets:
             values = layers.resnet(values, resnet, latents)
         for layer in block.upsamplers or ():
-            values = upsample(values, layer)
+            values = upsample(values, layer, in_slabs=operations.in_slabs)
     return layers.finish(values, decoder.norm_out, latents, decoder.conv_out), layers.kept

@@ -1,8 +1,13 @@
 """Whole videos through our way of running the autoencoder equal the stock way's, frame group by frame group."""
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cogtune.vae.frame_coder import FrameCoder
 from cogtune.vae.layers import activate
@@ -25,13 +30,42 @@ def test_encoding_and_decoding_equal_the_stock_ways(vae: AutoencoderKLCogVideoX,
     latents = moments[:, :16]
     frames = vae.decode(latents).sample
     before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
-    for stacked in (False, True):
-        coder = FrameCoder(vae, stacked=stacked)
+    for way in ({}, {"stacked": True}, {"in_slabs": True}):
+        coder = FrameCoder(vae, **way)
         torch.testing.assert_close(coder.encode(pixels), moments, rtol=1e-4, atol=2e-5)
         torch.testing.assert_close(coder.decode(latents), frames, rtol=1e-4, atol=2e-5)
     assert frames.std() > 0.02
     for name, tensor in vae.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+def test_slabs_have_no_seams_and_take_less_memory(vae: AutoencoderKLCogVideoX) -> None:
+    """In float64 nothing is left of a difference; the largest tensors are frames' and outputs'."""
+    wide = copy.deepcopy(vae).double()
+    latents = torch.randn(1, 16, 4, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    with LargestTensors() as whole:
+        expected = FrameCoder(wide).decode(latents)
+    with LargestTensors() as slabs:
+        got = FrameCoder(wide, in_slabs=True).decode(latents)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    assert slabs.total < 0.6 * whole.total, "bytes made in all"
+
+
+class LargestTensors(TorchDispatchMode):
+    """Bytes of new tensors larger than a frame at full size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(result):
+            fresh = isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in known
+            if fresh and tensor.numel() > 3 * 16 * 48 * 64:
+                self.total += tensor.numel() * tensor.element_size()
+        return result
 
 
 def test_frame_groups_matter(vae: AutoencoderKLCogVideoX) -> None:

@@ -1,0 +1,301 @@
+"""One measurement of `bench.py memory`: takes a task as JSON, caps the device memory, runs, writes the result."""
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+
+from cogtune.acceleration import accelerate, decide_offload
+from cogtune.adapter import TrainedAdapter, adapter_parameters, add_lora
+from cogtune.attention import install_attention
+from cogtune.attention_backends import activate, choose_backend, measure_backends
+from cogtune.benchmark.autoencoder import make_random_vae
+from cogtune.benchmark.clock import Marks, synchronize
+from cogtune.benchmark.training import TrainingBench
+from cogtune.checkpoint import CheckpointFolder
+from cogtune.config import MemorySettings
+from cogtune.denoiser import Denoiser
+from cogtune.encoding import embed_tokens
+from cogtune.execution import configure_blocks
+from cogtune.full import TrainedModel
+from cogtune.generation import Request, decode_latents, generate_latents, make_pipeline, place_pipeline
+from cogtune.host_training import HostAdamW, HostStepGuard
+from cogtune.ladder import choose_rung
+from cogtune.machine import measure_machine
+from cogtune.memory import GIB, free_device_bytes
+from cogtune.optimization import StepGuard, make_optimizer
+from cogtune.placement import (
+    TEXT_BLOCKS,
+    TRANSFORMER_BLOCKS,
+    place_text_encoder,
+    release_blocks,
+    sampling_workspace,
+    weight_bytes,
+)
+from cogtune.plan import list_training_rungs
+from cogtune.random_pipeline import ARCHITECTURES, make_random_on_host, make_text_config
+from cogtune.streaming.blocks import DEFAULT_SLOTS, find_stream, stream_blocks
+from cogtune.streaming.host import free_host_bytes
+from cogtune.tracking import MetricsLog
+from cogtune.trainer import Trainer
+
+
+class CappedRun:
+    """A device with a cap, a model's size and what is to be measured."""
+
+    def __init__(self, task: dict[str, Any]) -> None:
+        self.task = argparse.Namespace(**task)
+        self.task.batch_size, self.task.attention = 1, "auto"
+        self.bench = TrainingBench(self.task)
+        self.facts, self.device, self.dtype = self.bench.facts, self.bench.device, self.bench.dtype
+        if self.device.type == "cuda" and self.task.cap:
+            index = torch.cuda.current_device()
+            total = torch.cuda.mem_get_info(index)[1]
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self.task.cap * 1e9 / total), index)
+        self.free_host = free_host_bytes()  # as a plan sees it, before weights are loaded
+        self.settings = MemorySettings.model_validate(dict(pair.split("=", 1) for pair in self.task.set))
+        self.config = self.bench._config.model_copy(update={"memory": self.settings})
+
+    def measure(self) -> dict[str, Any]:
+        """The job's numbers."""
+        started = time.perf_counter()
+        result = {"lora": self._train, "sft": self._train, "generate": self._generate}[self.task.job]()
+        return result | {"process_seconds": time.perf_counter() - started}
+
+    def _make_transformer(self, dtype: torch.dtype) -> Any:
+        def build() -> torch.nn.Module:
+            return CogVideoXTransformer3DModel(**ARCHITECTURES[self.task.model][0])
+
+        model = make_random_on_host(build, TRANSFORMER_BLOCKS, device=self.device, dtype=dtype)
+        self._clear()
+        return model
+
+    def _clear(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _train(self) -> dict[str, Any]:
+        """LoRA, or full fine-tuning, on the rung that a run would take."""
+        full = self.task.job == "sft"
+        transformer = self._make_transformer(torch.float32 if full else self.dtype)
+        num_parameters = sum(p.numel() for p in transformer.parameters())
+        if not full:
+            add_lora(transformer, self.config.adapter, seed=1)
+        num_trainable = num_parameters if full else sum(p.numel() for p in adapter_parameters(transformer).values())
+        free, machine = free_device_bytes(self.device), measure_machine(self.device, self.dtype)
+        rungs = list_training_rungs(
+            self.facts,
+            self.config,
+            dtype=self.dtype,
+            machine=machine,
+            tokens=self.bench.tokens,
+            free_bytes=free,
+            num_parameters=0 if full else num_parameters,
+            num_trainable=num_trainable,
+        )
+        rung = choose_rung(rungs, self.settings, free, self.free_host)
+        trained = TrainedAdapter(transformer, "")
+        if full:
+            trained = TrainedModel(
+                transformer,
+                self.facts,
+                "",
+                export_dtype=self.dtype,
+                on_host=rung.on_host,
+                device=self.device,
+            )
+        elif rung.num_resident is None:
+            transformer.to(self.device)
+        self._install_attention(transformer)
+        if rung.num_resident is not None:
+            stream_blocks(transformer, TRANSFORMER_BLOCKS, self.device, num_resident=rung.num_resident)
+        elif full and trained.host is None:
+            transformer.to(self.device)
+        configure_blocks(
+            transformer,
+            rung.activations,
+            compiled=self.task.compile == "on",
+            has_dropout=False,
+            num_offloaded=rung.num_offloaded,
+            gradients=None if trained.host is None else trained.host.gradients,
+        )
+        self._clear()
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = self._make_trainer(trained, Path(folder), autocast=full and trained.host is None)
+            batches = iter(self.bench._make_loader(Path(folder)))
+            warm = self.bench._timed(trainer, batches, self.task.warmup)
+            reset_peak(self.device)  # compiling and measuring are over
+            seconds = self.bench._timed(trainer, batches, self.task.steps)
+        return {
+            "way": rung.name(),
+            "seconds": statistics.median(seconds),
+            "spread": [min(seconds), max(seconds)],
+            "first_step_seconds": warm[0],
+            "predicted_seconds": rung.seconds,
+            "predicted_gib": rung.total / GIB,
+            "host_gib": rung.host / GIB,
+            "machine": machine.describe(),
+            **peaks(self.device),
+        }
+
+    def _make_trainer(self, trained: TrainedAdapter | TrainedModel, folder: Path, *, autocast: bool) -> Trainer:
+        if trained.host is None:
+            optimizer = make_optimizer(list(trained.parameters().values()), self.config.optimizer)
+            guard = StepGuard(self.device, use_loss_scale=self.dtype == torch.float16, max_grad_norm=1.0)
+        else:
+            optimizer = HostAdamW(trained.host, self.config.optimizer)
+            guard = HostStepGuard(trained.host, optimizer, max_grad_norm=1.0)
+        trained.transformer.train()
+        return Trainer(
+            self.bench._accelerator,
+            self.config,
+            trained=trained,
+            model=trained.transformer,
+            denoiser=Denoiser(
+                self.facts,
+                device=self.device,
+                dtype=self.dtype,
+                min_snr_gamma=None,
+                autocast=autocast and self.dtype != torch.float32,
+            ),
+            optimizer=optimizer,
+            guard=guard,
+            make_loader=lambda _step: self.bench._make_loader(folder),
+            checkpoints=CheckpointFolder(folder / "checkpoints", keep_last=1),
+            log=MetricsLog(
+                folder, active=False, first_step=0, report_to="none", project="", wandb_mode="offline", config={}
+            ),
+            validate=lambda _step: None,
+            identity={},
+        )
+
+    def _install_attention(self, transformer: Any) -> None:
+        timings = {}
+        if self.device.type == "cuda":
+            timings = measure_backends(
+                batch_size=1,
+                num_heads=self.facts.num_heads,
+                tokens=self.bench.tokens,
+                head_dim=self.facts.head_dim,
+                dtype=self.dtype,
+                device=self.device,
+            )
+        backend = choose_backend("auto", timings)
+        activate(backend)
+        install_attention(transformer, backend)
+
+    def _generate(self) -> dict[str, Any]:
+        """A video's parts: the text encoder, sampling steps, the decoder; the video's time is put together."""
+        result: dict[str, Any] = {"text": self._encode_texts()}
+        self._clear()
+        transformer = self._make_transformer(self.dtype)
+        weights = weight_bytes(transformer)
+        tokens = self.bench.tokens
+        pipeline = make_pipeline(
+            self.facts,
+            text_encoder=torch.nn.Module(),
+            transformer=transformer,
+            vae=make_random_vae(self.task.model, torch.device("cpu"), self.dtype),
+            scheduler=CogVideoXDDIMScheduler.from_config(self.facts.scheduler_config),
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        offload = decide_offload("auto", pipeline, self.device, tokens)
+        pipeline.text_encoder = None  # measured by itself, and gone
+        resident, host = "all resident", 0
+        if offload == "stream":
+            place_pipeline(pipeline, self.device, offload=offload, vae_tiling=False, tokens=tokens)
+            stream = find_stream(transformer)
+            assert stream is not None
+            resident = f"{stream.num_resident} blocks resident, others streamed"
+            host = sum(flat.num_bytes for flat in stream.flat)
+            streamed = len(stream.flat) - stream.num_resident
+            weights -= max(0, streamed - DEFAULT_SLOTS) * stream.flat[0].num_bytes
+        else:
+            place_pipeline(pipeline, self.device, vae_tiling=False)
+        coder = accelerate(pipeline, compiled=self.task.compile == "on", cache=None, coded=True)
+        workspace = sampling_workspace(tokens, self.facts.num_heads * self.facts.head_dim, self.dtype)
+        self._clear()
+        reset_peak(self.device)
+        seconds, latents = self._time_steps(pipeline)
+        result |= {
+            "way": resident,
+            "step_seconds": statistics.median(seconds),
+            "spread": [min(seconds), max(seconds)],
+            "predicted_gib": (weights + weight_bytes(pipeline.vae) + workspace) / GIB,
+            "host_gib": host / GIB,
+            **peaks(self.device),
+        }
+        release_blocks(transformer)
+        reset_peak(self.device)
+        started = time.perf_counter()
+        decode_latents(pipeline.vae, latents, self.facts.scaling_factor, coder)
+        synchronize(self.device)
+        in_slabs = coder is not None and coder.in_slabs
+        result["decode"] = {"seconds": time.perf_counter() - started, "in_slabs": in_slabs, **peaks(self.device)}
+        total = result["step_seconds"] * self.task.num_steps + result["decode"]["seconds"] + result["text"]["seconds"]
+        return result | {"seconds": total}
+
+    def _time_steps(self, pipeline: Any) -> tuple[list[float], torch.Tensor]:
+        frames, height, width = self.bench.size
+        count = self.task.warmup + self.task.steps
+        request = Request("random", frames, height, width, num_inference_steps=count)
+        texts = torch.randn(2, self.facts.max_text_length, self.facts.text_dim).to(self.device, self.dtype)
+        marks = Marks(self.device)
+        latents = generate_latents(pipeline, request, *texts, on_step=lambda _step: marks.add())
+        return marks.differences()[max(0, self.task.warmup - 1) :], latents
+
+    def _encode_texts(self) -> dict[str, Any]:
+        """Prompt and no prompt through a T5 encoder, of T5-XXL's size for the released models."""
+        from transformers import T5EncoderModel
+
+        size = "small" if self.task.model.startswith("tiny") else "full"
+        config = make_text_config(self.facts.text_dim, 512, size)
+        encoder = make_random_on_host(lambda: T5EncoderModel(config), TEXT_BLOCKS, device=self.device, dtype=self.dtype)
+        encoder.encoder.embed_tokens = encoder.shared
+        self._clear()
+        place_text_encoder(encoder, self.device)
+        reset_peak(self.device)
+        ids = torch.zeros(1, self.facts.max_text_length, dtype=torch.int64, device=self.device)
+        started = time.perf_counter()
+        for _ in range(2):
+            embed_tokens(ids, encoder)
+        synchronize(self.device)
+        stream = find_stream(encoder)
+        way = "all resident" if stream is None else f"{stream.num_resident} blocks resident, others streamed"
+        return {"seconds": time.perf_counter() - started, "way": way, **peaks(self.device)}
+
+
+def reset_peak(device: torch.device) -> None:
+    """Peaks are counted from here on."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peaks(device: torch.device) -> dict[str, float]:
+    """Largest allocated and reserved memory since then, in GiB; nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    return {"peak_allocated_gib": allocated / GIB, "peak_reserved_gib": reserved / GIB}
+
+
+def main() -> None:
+    """Runs the task of the command line."""
+    task = json.loads(sys.argv[1])
+    result = CappedRun(task).measure()
+    Path(task["output"]).write_text(json.dumps(result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

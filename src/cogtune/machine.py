@@ -1,0 +1,60 @@
+"""How fast a device computes and how fast the host's memory reaches it: what decides between rungs of memory."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+_SIZE = 6144
+_COPY_BYTES = 64 << 20
+_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates of one device, best case."""
+
+    flops: float
+    """Of a large matrix product in the run's precision, a second."""
+    link: float
+    """Bytes a second between page-locked host memory and the device, each way."""
+
+    def describe(self) -> str:
+        """One line."""
+        return f"{self.flops / 1e12:.0f} TFLOP/s, {self.link / 1e9:.0f} GB/s to the host"
+
+
+NOMINAL = Machine(flops=600e12, link=50e9)
+"""An H100 on PCIe 5, about: what a plan without a GPU assumes."""
+
+
+def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
+    """Measures the rates in some hundredths of a second; the nominal ones on a CPU."""
+    if device.type != "cuda":
+        return NOMINAL
+    machine = _measure(device, dtype)
+    torch.cuda.empty_cache()
+    return machine
+
+
+def _measure(device: torch.device, dtype: torch.dtype) -> Machine:
+    with torch.no_grad():
+        matrix = torch.ones(_SIZE, _SIZE, device=device, dtype=dtype)
+        product = _best_seconds(lambda: torch.mm(matrix, matrix), device)
+        host = torch.empty(_COPY_BYTES, dtype=torch.uint8, pin_memory=True)
+        there = torch.empty(_COPY_BYTES, dtype=torch.uint8, device=device)
+        copy = _best_seconds(lambda: there.copy_(host, non_blocking=True), device)
+    return Machine(2 * _SIZE**3 / product, _COPY_BYTES / copy)
+
+
+def _best_seconds(work: Callable[[], object], device: torch.device) -> float:
+    work()
+    best = float("inf")
+    for _ in range(_REPEATS):
+        torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        work()
+        torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return best

@@ -1,0 +1,64 @@
+"""Page-locked host memory of exact size, which a GPU reads and writes beside its work.
+
+PyTorch's own page-locked allocator rounds up to powers of two: a block of 264 MB would take 512.
+"""
+
+import os
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cogtune.errors import UserError
+
+
+class HostBuffer:
+    """`num_bytes` of host memory as a uint8 tensor, page-locked where a GPU is to copy from it."""
+
+    def __init__(self, num_bytes: int, *, page_locked: bool) -> None:
+        self.bytes: Tensor = torch.empty(num_bytes, dtype=torch.uint8)
+        if page_locked and num_bytes:
+            runtime: Any = torch.cuda.cudart()
+            address = self.bytes.data_ptr()
+            code = int(runtime.cudaHostRegister(address, num_bytes, 0))
+            if code:
+                raise UserError(
+                    f"memory: {num_bytes / 1e9:.2f} GB of host memory can't be page-locked (CUDA error {code}); free "
+                    "host memory, raise the limit (`ulimit -l`), or set memory.resident_blocks and "
+                    "memory.offloaded_blocks so that less waits on the host"
+                )
+            # Called before the tensor goes; at the process's end the driver does it.
+            weakref.finalize(self, runtime.cudaHostUnregister, address).atexit = False
+
+
+def free_host_bytes() -> int | None:
+    """Host memory that could be taken without swapping, a container's limit respected; None where unknown."""
+    found = [_meminfo_available(), _container_available()]
+    known = [value for value in found if value is not None]
+    return min(known) if known else None
+
+
+def _meminfo_available() -> int | None:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123  # no file of the user's
+            rows = dict(line.split(":", 1) for line in file)
+        return int(rows["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        try:
+            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (ValueError, OSError, AttributeError):
+            return None
+
+
+def _container_available() -> int | None:
+    """What a control group (version 2) leaves; its page cache can be given back and counts as free."""
+    folder = "/sys/fs/cgroup"
+    try:
+        with open(f"{folder}/memory.max", encoding="ascii") as file:  # noqa: PTH123
+            limit = int(file.read())
+        with open(f"{folder}/memory.stat", encoding="ascii") as file:  # noqa: PTH123
+            statistics = dict(line.split() for line in file)
+        return limit - int(statistics["anon"]) - int(statistics.get("unevictable", 0))
+    except (OSError, KeyError, ValueError):  # "max": no limit
+        return None

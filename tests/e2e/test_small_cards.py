@@ -1,0 +1,116 @@
+"""Runs whose weights and activations wait on the host: the same adapter bit for bit, resume, and what is refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+LORA, SFT = "train/lora.py", "train/sft.py"
+STREAMED = {"memory__mode": "keep_attention", "memory__resident_blocks": 0, "memory__offloaded_blocks": 2}
+
+
+@pytest.fixture
+def options(tiny_folder: Path, clips_folder: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Any:
+    """Options of a short run; `options("name", train__seed=3)` changes it."""
+
+    def make(name: str, **changes: object) -> list[str]:
+        values = {
+            "model.path": tiny_folder,
+            "model.device": "cpu",
+            "data.manifest": clips_folder,
+            "data.cache_dir": tmp_path_factory.getbasetemp() / "small-cache",
+            "data.num_workers": 0,
+            "data.validation_clips": 1,
+            "output_dir": tmp_path / name,
+            "schedule.warmup_steps": 0,
+            "train.max_steps": 4,
+            "checkpoint.every_steps": 2,
+            "tracking.log_every_steps": 1,
+            "validation.prompts": "waves",
+            "validation.num_inference_steps": 2,
+        } | {key.replace("__", "."): value for key, value in changes.items()}
+        return [f"--{key}={value}" for key, value in values.items()]
+
+    return make
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    rows = [yaml.safe_load(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: row[key] for key in ("step", "loss", "grad_norm", "eval_loss") if key in row} for row in rows]
+
+
+def assert_equal_files(first: Path, second: Path) -> None:
+    one, other = load_file(first), load_file(second)
+    assert one.keys() == other.keys() and all(torch.equal(one[key], value) for key, value in other.items())
+
+
+def test_a_streamed_run_is_the_resident_one_bit_for_bit_with_its_videos_and_resumes(
+    options: Callable[..., list[str]], run_command: Any, tmp_path: Path
+) -> None:
+    """Against a run with one block resident and activations on the device; resident weights as a whole lie at other
+    addresses, which changes a CPU's last bits (`test_streamed_training.py` compares at equal ones)."""
+    assert run_command(LORA, *options("whole", memory__mode="keep_attention")).code == 0
+    few = options("plain", memory__mode="keep_attention", memory__resident_blocks=1, memory__offloaded_blocks=0)
+    assert run_command(LORA, *few).code == 0
+    outcome = run_command(LORA, *options("streamed", **STREAMED))
+    assert outcome.code == 0, outcome.err
+    assert "0 blocks resident, others streamed, activations of 2 blocks on the host" in outcome.out
+    assert read_rows(tmp_path / "plain") == read_rows(tmp_path / "streamed")
+    for whole, streamed in zip(read_rows(tmp_path / "whole"), read_rows(tmp_path / "streamed"), strict=True):
+        assert whole == pytest.approx(streamed, rel=1e-4)
+    for name in ("final/pytorch_lora_weights.safetensors", "checkpoints/step-000004/optimizer.safetensors"):
+        assert_equal_files(tmp_path / "plain" / name, tmp_path / "streamed" / name)
+    video = "samples/step-000004/00-0.mp4"
+    assert (tmp_path / "plain" / video).read_bytes() == (tmp_path / "streamed" / video).read_bytes()
+    last = tmp_path / "streamed/checkpoints/step-000004"
+    last.rename(tmp_path / "straight")
+    outcome = run_command(LORA, *options("streamed", memory__resident_blocks=1))
+    assert outcome.code == 0 and "at step 2" in outcome.out, "memory settings change no result and may change"
+    for name in ("pytorch_lora_weights.safetensors", "optimizer.safetensors"):
+        assert_equal_files(tmp_path / "straight" / name, last / name)
+
+
+def test_the_dry_run_shows_the_ladder(options: Callable[..., list[str]], run_command: Any) -> None:
+    outcome = run_command(LORA, *options("run"), "--dry-run")
+    assert outcome.code == 0 and "rungs" in outcome.out and "<- fastest that fits" in outcome.out
+    outcome = run_command(LORA, *options("run", **STREAMED), "--dry-run")
+    assert "keep_attention, 0 blocks resident" in outcome.out
+
+
+def test_what_can_not_be_streamed_is_refused(options: Callable[..., list[str]], run_command: Any) -> None:
+    outcome = run_command(SFT, *options("run", memory__resident_blocks=0))
+    assert outcome.code == 2 and "memory.resident_blocks=0" in outcome.err and "freezes no weight" in outcome.err
+
+
+def test_full_fine_tuning_with_weights_and_optimizer_on_the_host(
+    options: Callable[..., list[str]], run_command: Any, tmp_path: Path
+) -> None:
+    settings = {"optimizer__learning_rate": 1e-3, "memory__mode": "recompute"}
+    assert run_command(SFT, *options("device", **settings)).code == 0
+    outcome = run_command(SFT, *options("host", memory__optimizer="host", memory__offloaded_blocks=1, **settings))
+    assert outcome.code == 0, outcome.err
+    assert "weights and optimizer on the host" in outcome.out
+    for device, host in zip(read_rows(tmp_path / "device"), read_rows(tmp_path / "host"), strict=True):
+        assert host == pytest.approx(device, rel=2e-3)
+    weights = "final/transformer/diffusion_pytorch_model.safetensors"
+    device, host = (load_file(tmp_path / name / weights) for name in ("device", "host"))
+    assert device.keys() == host.keys()
+    for name, value in device.items():
+        torch.testing.assert_close(host[name], value, rtol=0, atol=5e-4)
+    last = tmp_path / "host/checkpoints/step-000004"
+    last.rename(tmp_path / "straight")
+    outcome = run_command(SFT, *options("host", memory__optimizer="host", memory__offloaded_blocks=1, **settings))
+    assert outcome.code == 0 and "at step 2" in outcome.out
+    for name in ("weights.safetensors", "optimizer.safetensors"):
+        assert_equal_files(tmp_path / "straight" / name, last / name)
+
+
+def test_where_the_optimizer_can_not_be_on_the_host(options: Callable[..., list[str]], run_command: Any) -> None:
+    outcome = run_command(LORA, *options("run", memory__optimizer="host"))
+    assert outcome.code == 2 and "memory.optimizer=host: it is for full fine-tuning" in outcome.err
+    outcome = run_command(SFT, *options("run", memory__optimizer="host", train__ema_decay=0.9))
+    assert outcome.code == 2 and "train.ema_decay must be null" in outcome.err

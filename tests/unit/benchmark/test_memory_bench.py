@@ -1,0 +1,44 @@
+"""`bench.py memory` runs each job whole on a tiny model, each in a process of its own, and goes on after a failure."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from cogtune.benchmark import memory
+from cogtune.errors import UserError
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    memory.add_arguments(parser)
+    return parser.parse_args(["--model", "tiny", "--device", "cpu", "--compile", "off", *arguments])
+
+
+def test_both_jobs_are_measured_and_settings_reach_them(tmp_path: Path) -> None:
+    file = tmp_path / "memory.json"
+    options = ["--steps", "1", "--warmup", "1", "--set", "offloaded_blocks=1"]
+    results = memory.run(parse("--caps", "", "--job", "sft", "--set", "optimizer=host", *options))
+    full = results["jobs"]["sft"]["no cap"]
+    assert "error" not in full, full
+    assert "weights and optimizer on the host" in full["way"] and full["host_gib"] > 0
+    options += ["--set", "resident_blocks=0"]
+    results = memory.run(parse("--caps", "", "--job", "lora,generate", "--json", str(file), *options))
+    assert json.loads(file.read_text()) == results
+    lora, video = results["jobs"]["lora"]["no cap"], results["jobs"]["generate"]["no cap"]
+    assert "error" not in lora and "error" not in video, results
+    assert "0 blocks resident, others streamed, activations of 1 blocks on the host" in lora["way"]
+    assert lora["seconds"] > 0 and lora["host_gib"] > 0
+    assert video["seconds"] > 50 * video["step_seconds"] and video["decode"]["seconds"] > 0
+    assert "1.000x" in memory.describe(results)
+
+
+def test_what_fails_is_said_and_what_has_no_time_is_left_out(tmp_path: Path) -> None:
+    results = memory.run(parse("--caps", "1", "--job", "lora", "--set", "mode=frugal", "--time_limit", "100"))
+    assert all("mode" in row["error"] for row in results["jobs"]["lora"].values())
+    assert "failed" in memory.describe(results)
+    results = memory.run(parse("--caps", "1", "--job", "lora", "--time_limit", "1"))
+    assert all("no time" in row["error"] for row in results["jobs"]["lora"].values())
+    with pytest.raises(UserError, match="numbers of GB"):
+        memory.run(parse("--caps", "small"))

@@ -1,0 +1,80 @@
+"""What a backward pass reads comes back from the host as it was."""
+
+import pytest
+import torch
+
+from cogtune.streaming.activations import ActivationOffload, is_dense
+
+CPU = torch.device("cpu")
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def run(offload: ActivationOffload | None, weight: torch.Tensor, depth: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    x = draw(6, 8).requires_grad_()
+    y, kept = x, []
+    for index in range(depth):
+        if offload is None:
+            y = torch.tanh(y @ weight).t().exp().t()
+        else:
+            with offload.keeping(index, y):
+                y = torch.tanh(y @ weight).t().exp().t()
+            kept.append(offload.host_bytes)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    return y.detach(), gradient
+
+
+def test_values_and_gradients_stay_and_host_memory_is_used_again() -> None:
+    weight = draw(8, 8, seed=1)
+    expected = run(None, weight)
+    offload = ActivationOffload(3, 3, CPU, [weight])
+    sizes = []
+    for _ in range(3):
+        got = run(offload, weight)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        for index in range(3):
+            offload.finish(index)
+        sizes.append(offload.host_bytes)
+    assert sizes[0] > 0 and len(set(sizes)) == 1
+    assert sizes[0] % (6 * 8 * 4) == 0, "activations, and no weight"
+
+
+def test_only_the_chosen_blocks_leave() -> None:
+    weight = draw(8, 8, seed=1)
+    few, all_of_them = ActivationOffload(3, 1, CPU, [weight]), ActivationOffload(3, 3, CPU, [weight])
+    run(few, weight)
+    run(all_of_them, weight)
+    assert 0 < 3 * few.host_bytes == all_of_them.host_bytes
+
+
+def test_fetching_ahead_changes_nothing() -> None:
+    weight = draw(8, 8, seed=1)
+    expected = run(None, weight)[1]
+    offload = ActivationOffload(2, 2, CPU, [weight])
+    x = draw(6, 8).requires_grad_()
+    with offload.keeping(0, x):
+        y = torch.tanh(x @ weight).t().exp().t()
+    with offload.keeping(1, y):
+        z = torch.tanh(y @ weight).t().exp().t()
+    offload.fetch(1)
+    offload.fetch_before(1)
+    offload.fetch_before(0)
+    third = torch.tanh(z @ weight).t().exp().t()
+    assert torch.equal(torch.autograd.grad(third.sum(), x)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "dense"),
+    [
+        (torch.zeros(2, 3, 4), True),
+        (torch.zeros(2, 3, 4).permute(2, 0, 1), True),
+        (torch.zeros(2, 1, 4)[:, :, :], True),
+        (torch.zeros(2, 6)[:, ::2], False),
+        (torch.zeros(4, 6)[:, :3], False),
+        (torch.zeros(3, 1).expand(3, 4), False),
+    ],
+)
+def test_density(tensor: torch.Tensor, dense: bool) -> None:
+    assert is_dense(tensor) is dense

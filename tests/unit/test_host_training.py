@@ -1,0 +1,135 @@
+"""Weights and AdamW on the host: the numbers of training on the device, clipping and bad steps included."""
+
+from typing import Any
+
+import pytest
+import torch
+from test_attention import make_inputs
+from test_attention import make_transformer as make_random
+
+from cogtune.attention import install_attention
+from cogtune.config import OptimizerSettings
+from cogtune.execution import Activations, configure_blocks
+from cogtune.host_training import HostAdamW, HostStepGuard, HostWeights
+from cogtune.optimization import StepGuard, make_optimizer
+
+CPU = torch.device("cpu")
+SETTINGS = OptimizerSettings(learning_rate=0.01, weight_decay=0.1)
+
+
+def make(activations: Activations, *, on_host: bool, dtype: torch.dtype = torch.float32, offloaded: int = 0) -> Any:
+    transformer = make_random("tiny", None, torch.float32, num_layers=4).train()
+    install_attention(transformer, "default")
+    weights = HostWeights(transformer, dtype, CPU) if on_host else None
+    configure_blocks(
+        transformer,
+        activations,
+        compiled=False,
+        has_dropout=False,
+        num_offloaded=offloaded,
+        gradients=None if weights is None else weights.gradients,
+    )
+    return transformer, weights
+
+
+def backward(transformer: Any, seed: int) -> torch.Tensor:
+    inputs = make_inputs(transformer, seed)
+    loss = (transformer(**inputs, return_dict=False)[0].float() - inputs["hidden_states"].float()).square().mean()
+    loss.backward()
+    return loss.detach()
+
+
+def train_on_device(steps: int, max_norm: float | None) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    transformer, _ = make("recompute", on_host=False)
+    parameters = list(transformer.parameters())
+    optimizer = make_optimizer(parameters, SETTINGS)
+    guard = StepGuard(CPU, use_loss_scale=False, max_grad_norm=max_norm)
+    seen = []
+    for seed in range(steps):
+        seen.append(backward(transformer, seed))
+        seen.append(guard.apply(optimizer, parameters))
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen, {name: p.detach() for name, p in transformer.named_parameters()}
+
+
+@pytest.mark.parametrize("max_norm", [0.05, None])
+@pytest.mark.parametrize("activations, offloaded", [("recompute", 0), ("keep_attention", 4), ("keep_all", 2)])
+def test_steps_equal_those_on_the_device(activations: Activations, offloaded: int, max_norm: float | None) -> None:
+    expected, final = train_on_device(4, max_norm)
+    transformer, weights = make(activations, on_host=True, offloaded=offloaded)
+    assert weights is not None
+    optimizer = HostAdamW(weights, SETTINGS)
+    guard = HostStepGuard(weights, optimizer, max_grad_norm=max_norm)
+    seen = []
+    for seed in range(4):
+        seen.append(backward(transformer, seed))
+        assert all(p.grad is None for p in transformer.transformer_blocks.parameters())
+        seen.append(guard.apply(optimizer, []))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not guard.has_failed()
+    torch.testing.assert_close(torch.stack(seen), torch.stack(expected), rtol=1e-5, atol=0)
+    assert weights.parameters.keys() == final.keys()
+    for name, value in final.items():
+        torch.testing.assert_close(weights.parameters[name].detach(), value, rtol=1e-4, atol=1e-5)
+
+
+def test_the_device_computes_with_rounded_copies_of_the_new_weights() -> None:
+    transformer, weights = make("recompute", on_host=True, dtype=torch.bfloat16)
+    assert weights is not None
+    optimizer = HostAdamW(weights, SETTINGS)
+    guard = HostStepGuard(weights, optimizer, max_grad_norm=1.0)
+    before = {name: p.detach().clone() for name, p in weights.parameters.items()}
+    losses = []
+    for _ in range(6):
+        losses.append(float(backward(transformer, 0)))
+        guard.apply(optimizer, [])
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    optimizer.wait()
+    for block in transformer.transformer_blocks:
+        for name, parameter in block.named_parameters():
+            assert parameter.dtype == torch.bfloat16, name
+    names = [name for name, _ in transformer.named_parameters()]
+    seen = {}
+    for number, block in enumerate(transformer.transformer_blocks):
+        seen |= {f"transformer_blocks.{number}.{name}": p.detach().clone() for name, p in block.named_parameters()}
+    seen |= {name: p.detach() for name, p in transformer.named_parameters() if name not in seen}
+    assert set(names) == set(seen)
+    for name, weight in weights.parameters.items():
+        assert weight.dtype == torch.float32 and torch.equal(weight.detach().bfloat16(), seen[name]), name
+        assert not torch.equal(weight.detach(), before[name]), name
+
+
+def test_after_bad_gradients_nothing_changes_any_more() -> None:
+    transformer, weights = make("recompute", on_host=True)
+    assert weights is not None
+    optimizer = HostAdamW(weights, SETTINGS)
+    guard = HostStepGuard(weights, optimizer, max_grad_norm=1.0)
+    backward(transformer, 0)
+    guard.apply(optimizer, [])
+    optimizer.step()
+    assert not guard.has_failed()
+    good = {name: p.detach().clone() for name, p in weights.parameters.items()}
+    for seed, factor in ((1, float("nan")), (2, 1.0)):
+        inputs = make_inputs(transformer, seed)
+        (transformer(**inputs, return_dict=False)[0].mean() * factor).backward()
+        guard.apply(optimizer, [])
+        optimizer.step()
+        assert guard.has_failed()
+    assert all(torch.equal(p.detach(), good[name]) for name, p in weights.parameters.items())
+
+
+def test_weights_read_from_a_file_reach_the_device() -> None:
+    transformer, weights = make("recompute", on_host=True)
+    other, _ = make("recompute", on_host=False)
+    assert weights is not None
+    backward(transformer, 0)
+    weights.gradients.finish()
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            parameter.mul_(1.25)
+            weights.parameters[name].copy_(parameter)
+    weights.publish_all()
+    assert torch.equal(backward(transformer, 3), backward(other, 3))

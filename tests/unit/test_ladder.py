@@ -1,0 +1,144 @@
+"""Which rung of memory is chosen: the fastest that fits device and host, what was set by hand, and what is refused."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from cogtune.config import MemorySettings
+from cogtune.errors import UserError
+from cogtune.ladder import (
+    HOST_MARGIN,
+    BlockTimes,
+    choose_rung,
+    describe_rungs,
+    fits,
+    list_rungs,
+    predict_seconds,
+)
+from cogtune.machine import NOMINAL, Machine, measure_machine
+from cogtune.memory import (
+    ACTIVATIONS_FAST_TO_SLOW,
+    GIB,
+    KEPT_UNITS,
+    MARGIN,
+    MemoryPlan,
+    activation_bytes,
+    predict,
+)
+from cogtune.random_pipeline import make_architecture_facts
+
+TOKENS, BLOCK = 17776, 132_000_000
+FACTS = make_architecture_facts("cogvideox-5b")
+HOST = 110 * GIB
+
+
+def make_rungs(free_gib: float | None, machine: Machine = NOMINAL, **settings: object) -> list[MemoryPlan]:
+    """The ladder of a LoRA of rank 64 on 5B, released size, batch 1."""
+    count = partial(
+        predict,
+        FACTS,
+        num_parameters=42 * BLOCK + 25_000_000,
+        num_trainable=66_000_000,
+        tokens=TOKENS,
+        batch_size=1,
+        dtype=torch.bfloat16,
+        num_block_parameters=BLOCK,
+    )
+    times = BlockTimes.of(FACTS, TOKENS, 1, machine)
+    unit = activation_bytes(FACTS, TOKENS, 1, torch.bfloat16)
+
+    def time_of(plan: MemoryPlan) -> float:
+        return predict_seconds(
+            plan, times, machine, num_layers=42, block_bytes=2 * BLOCK, kept_bytes=KEPT_UNITS[plan.activations] * unit,
+            weight_gradients=False,
+        )  # fmt: skip
+
+    free = None if free_gib is None else int(free_gib * GIB)
+    return list_rungs(
+        count, time_of, MemorySettings.model_validate(settings), num_layers=42, free_bytes=free, streamable=True
+    )
+
+
+def choose(free_gib: float | None, free_host: int | None = HOST, **settings: object) -> MemoryPlan:
+    free = None if free_gib is None else int(free_gib * GIB)
+    rungs = make_rungs(free_gib, **settings)
+    return choose_rung(rungs, MemorySettings.model_validate(settings), free, free_host)
+
+
+@pytest.mark.parametrize("free_gib", [200, 78, 30, 22, 15, 11, 7.4, 5.5])
+def test_the_fastest_rung_that_fits_is_chosen(free_gib: float) -> None:
+    rungs, chosen = make_rungs(free_gib), choose(free_gib)
+    assert chosen.total <= free_gib * GIB * MARGIN and chosen.host <= HOST * HOST_MARGIN
+    assert all(rung.seconds >= chosen.seconds * 0.999 for rung in rungs if fits(rung, int(free_gib * GIB), HOST))
+
+
+def test_what_fits_stays_on_the_device() -> None:
+    chosen = choose(200)
+    assert (chosen.num_resident, chosen.num_offloaded, chosen.host) == (None, 0, 0)
+
+
+def test_less_memory_never_gives_a_faster_rung_and_small_cards_stay_near() -> None:
+    seconds = [choose(free_gib).seconds for free_gib in (200, 78, 30, 22, 15, 11, 7.4, 5.5)]
+    assert seconds == sorted(seconds)
+    assert seconds[6] < 1.15 * seconds[0], "8 GB"
+
+
+def test_a_slow_link_is_asked_for_less() -> None:
+    slow = Machine(NOMINAL.flops, 6e9)
+    fast_rungs, slow_rungs = make_rungs(15), make_rungs(15, slow)
+    free, settings = 15 * GIB, MemorySettings()
+    fast, patient = (choose_rung(rungs, settings, free, HOST) for rungs in (fast_rungs, slow_rungs))
+    assert patient.num_offloaded * KEPT_UNITS[patient.activations] < fast.num_offloaded * KEPT_UNITS[fast.activations]
+
+
+def test_host_memory_is_a_limit_too() -> None:
+    little = choose(15, free_host=16 * GIB)
+    assert little.host <= 16 * GIB * HOST_MARGIN < choose(15).host
+    with pytest.raises(UserError, match=r"would fit on the device, but 2\.0 GiB of host memory"):
+        choose(7.4, free_host=2 * GIB)
+
+
+def test_what_was_set_by_hand_is_taken() -> None:
+    for mode in ACTIVATIONS_FAST_TO_SLOW:
+        assert choose(3, mode=mode).activations == mode, "to try all the same"
+    by_hand = choose(78, mode="recompute", resident_blocks=5, offloaded_blocks=7)
+    assert (by_hand.activations, by_hand.num_resident, by_hand.num_offloaded) == ("recompute", 5, 7)
+    assert choose(78, resident_blocks=42).num_resident is None
+    assert choose(78, offloaded_blocks=99).num_offloaded == 42
+
+
+def test_a_cpu_keeps_what_is_small_and_refuses_nothing() -> None:
+    assert choose(None).activations == "recompute" and choose(None).num_resident is None
+    small = [MemoryPlan(activations, GIB, 0, 0, 0) for activations in ACTIVATIONS_FAST_TO_SLOW]
+    assert choose_rung(small, MemorySettings(), None, None).activations == "keep_all"
+    assert measure_machine(torch.device("cpu"), torch.float32) == NOMINAL
+    assert choose(None, resident_blocks=0, offloaded_blocks=42).num_resident == 0
+
+
+def test_what_does_not_fit_is_refused_with_the_settings_to_turn() -> None:
+    with pytest.raises(UserError) as caught:
+        choose(3)
+    for part in ("3.0 GiB are free", "train.batch_size", "adapter.rank", "memory.mode=recompute"):
+        assert part in str(caught.value)
+
+
+def test_the_table_marks_the_choice_and_says_what_does_not_fit() -> None:
+    rungs, chosen = make_rungs(15), choose(15)
+    table = describe_rungs(rungs, chosen, 15 * GIB, HOST)
+    (line,) = [line for line in table.splitlines() if "<- fastest that fits" in line]
+    assert chosen.name() in line and f"{chosen.total / GIB:.2f} GiB" in line
+    assert "keep_all  does not fit" in table and " 1.00x" in table
+    assert 8 <= len(table.splitlines()) <= 17
+
+
+def test_times_are_near_the_measured_ones() -> None:
+    """On an H100: 2.69 s (recompute) and 2.32 s (keep_attention); a product there reaches some 650 TFLOP/s."""
+    machine = Machine(650e12, 50e9)
+    seconds = {
+        rung.activations: rung.seconds
+        for rung in make_rungs(200, machine)
+        if rung.num_resident is None and not rung.num_offloaded
+    }
+    assert seconds["recompute"] == pytest.approx(2.69, rel=0.07)
+    assert seconds["keep_attention"] == pytest.approx(2.32, rel=0.07)

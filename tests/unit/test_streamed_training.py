@@ -1,0 +1,113 @@
+"""Training with streamed blocks and offloaded activations: bit for bit what resident ones give, compiled or not."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from test_attention import KINDS, make_inputs, make_transformer, step
+
+from cogtune.attention import install_attention
+from cogtune.execution import Activations, configure_blocks
+from cogtune.frozen import quantize_base
+from cogtune.streaming.blocks import find_stream, stream_blocks
+
+CPU = torch.device("cpu")
+LAYERS = 5
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def make(
+    activations: Activations = "recompute",
+    *,
+    kind: str = "all four",
+    resident: int | None = None,
+    slots: int = 2,
+    offloaded: int = 0,
+    float8: bool = False,
+    compiler: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """A tiny transformer set up as a run does it; streamed where `resident` says how many blocks are not."""
+    transformer = make_transformer("tiny", KINDS[kind], dtype, num_layers=LAYERS)
+    install_attention(transformer, "default")
+    if float8:
+        quantize_base(transformer)
+    if resident is not None:
+        stream_blocks(transformer, "transformer_blocks", CPU, num_resident=resident, num_slots=slots)
+    configure_blocks(
+        transformer,
+        activations,
+        compiled=compiler is not None,
+        has_dropout="dropout" in kind,
+        compiler=compiler or "inductor",
+        num_offloaded=offloaded,
+    )
+    return transformer
+
+
+def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert value.norm() > 0 or "lora" in name, name
+        assert torch.equal(got[name], value), name
+
+
+@pytest.mark.parametrize("activations", ["recompute", "keep_attention", "keep_products", "keep_all"])
+@pytest.mark.parametrize("resident, slots", [(0, 1), (0, 2), (2, 2), (3, 1), (5, 2)])
+def test_training_is_the_same_bit_for_bit(activations: Activations, resident: int, slots: int) -> None:
+    """Output, loss and all gradients over two steps, with a look without gradients between them."""
+    plain, streamed = make(activations), make(activations, resident=resident, slots=slots)
+    for seed in (1, 2):
+        assert_same(step(streamed, seed), step(plain, seed))
+        with torch.no_grad():
+            outputs = [model(**make_inputs(model, seed), return_dict=False)[0] for model in (streamed, plain)]
+        assert torch.equal(*outputs)
+
+
+def test_frozen_weights_are_away_after_a_step_and_trained_ones_are_not() -> None:
+    transformer = make(resident=2, slots=1)
+    step(transformer)
+    stream = find_stream(transformer)
+    assert stream is not None and len(stream.loaded()) == 3
+    for index, block in enumerate(transformer.transformer_blocks.children()):
+        sizes = {p.requires_grad: p.untyped_storage().nbytes() for p in block.parameters()}
+        assert sizes[True] > 0 and (sizes[False] > 0) == (index in stream.loaded())
+
+
+@pytest.mark.parametrize("kind", ["dropout", "dora", "one of three"])
+def test_kinds_of_adapters_are_the_same_bit_for_bit(kind: str) -> None:
+    assert_same(step(make(kind=kind, resident=1)), step(make(kind=kind)))
+
+
+def test_float8_weights_are_streamed_too() -> None:
+    assert_same(step(make("keep_attention", float8=True, resident=1)), step(make("keep_attention", float8=True)))
+
+
+@pytest.mark.parametrize("activations", ["recompute", "keep_attention", "keep_products", "keep_all"])
+@pytest.mark.parametrize("offloaded", [2, 5])
+def test_offloaded_activations_are_the_same_bit_for_bit(activations: Activations, offloaded: int) -> None:
+    plain, streamed = make(activations), make(activations, resident=1, offloaded=offloaded)
+    for seed in (1, 2):
+        assert_same(step(streamed, seed), step(plain, seed))
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiled_blocks_share_one_graph_and_give_the_same(compiler: str) -> None:
+    plain = make("keep_attention", compiler=compiler)
+    expected = [step(plain, seed) for seed in (1, 2)]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    streamed = make("keep_attention", resident=1, offloaded=3, compiler=compiler)
+    assert_same(step(streamed, 1), expected[0])
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1 and counters["graph_break"] == {}
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert_same(step(streamed, 2), expected[1])
