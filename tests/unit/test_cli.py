@@ -196,11 +196,12 @@ def test_shipped_configs_of_released_models_have_a_plan(
 ) -> None:
     """A dry run on a folder of the right shape, without weights."""
     script = {"lora": "train/lora.py", "sft": "train/sft.py"}[path.parent.name]
+    model = yaml.safe_load(path.read_text())["model"]["path"]
     done = run_command(
-        script, "--config", path, f"--model.path={skeleton_folder(path.stem)}",
+        script, "--config", path, f"--model.path={skeleton_folder(model)}",
         f"--data.manifest={clips_folder}", "--dry-run",
     )  # fmt: skip
     assert done.code == 0, done.err
-    assert f"model       {path.stem} at" in done.out
-    assert ("noise on its pixels" in done.out) == path.stem.endswith("i2v")
-    assert ("45,104 a sample" if "1.5" in path.stem else "17,776 a sample") in done.out
+    assert f"model       {model} at" in done.out
+    assert ("noise on its pixels" in done.out) == model.endswith("i2v")
+    assert ("45,104 a sample" if "1.5" in model else "17,776 a sample") in done.out

@@ -89,12 +89,19 @@ def test_a_slow_link_is_asked_for_less() -> None:
     fast_rungs, slow_rungs = make_rungs(15), make_rungs(15, slow)
     free, settings = 15 * GIB, MemorySettings()
     fast, patient = (choose_rung(rungs, settings, free, HOST) for rungs in (fast_rungs, slow_rungs))
-    assert patient.num_offloaded * KEPT_UNITS[patient.activations] < fast.num_offloaded * KEPT_UNITS[fast.activations]
+
+    def copied(rung: MemoryPlan) -> float:
+        """Bytes over the link in a step: streamed weights in both passes, activations there and back."""
+        unit = activation_bytes(FACTS, TOKENS, 1, torch.bfloat16)
+        streamed = 0 if rung.num_resident is None else 42 - rung.num_resident
+        return 2 * (streamed * 2 * BLOCK + rung.num_offloaded * KEPT_UNITS[rung.activations] * unit)
+
+    assert copied(patient) < copied(fast)
 
 
 def test_host_memory_is_a_limit_too() -> None:
-    little = choose(15, free_host=16 * GIB)
-    assert little.host <= 16 * GIB * HOST_MARGIN < choose(15).host
+    little = choose(15, free_host=14 * GIB)
+    assert little.host <= 14 * GIB * HOST_MARGIN < choose(15).host
     with pytest.raises(UserError, match=r"would fit on the device, but 2\.0 GiB of host memory"):
         choose(7.4, free_host=2 * GIB)
 
@@ -133,12 +140,12 @@ def test_the_table_marks_the_choice_and_says_what_does_not_fit() -> None:
 
 
 def test_times_are_near_the_measured_ones() -> None:
-    """On an H100: 2.69 s (recompute) and 2.32 s (keep_attention); a product there reaches some 650 TFLOP/s."""
-    machine = Machine(650e12, 50e9)
+    """On an H100 whose best product reached 822 TFLOP/s (docs/benchmarks.md)."""
+    machine = Machine(822e12, 50e9)
     seconds = {
         rung.activations: rung.seconds
         for rung in make_rungs(200, machine)
         if rung.num_resident is None and not rung.num_offloaded
     }
-    assert seconds["recompute"] == pytest.approx(2.69, rel=0.07)
-    assert seconds["keep_attention"] == pytest.approx(2.32, rel=0.07)
+    measured = {"keep_all": 2.049, "keep_products": 2.082, "keep_attention": 2.259, "recompute": 2.69}
+    assert seconds == pytest.approx(measured, rel=0.03)
