@@ -19,7 +19,7 @@ from cogtune.shapes.demonstration import format_rows, run_step, score_adapter
 from cogtune.shapes.scoring import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
 
 FOLDER, CONFIG = Path("runs/demo"), "configs/demo.yaml"
-NUM_ORDINARY, WEIGHT = 96, 8  # clips of the base's own world against forgetting; showings of the concept's for theirs
+NUM_ORDINARY, WEIGHT = 96, 12  # clips of the base's own world against forgetting; showings of the concept's for theirs
 PROMPT = "a blue zibber on a white background"
 
 

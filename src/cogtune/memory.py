@@ -29,8 +29,8 @@ KEPT_UNITS: dict[Activations, float] = {
 product (4), and the low-rank products.
 
 Fitted, with the workspace, to peaks on an H100 with compiled blocks, rank 64, batch 1, 17,776 tokens: 5B in bfloat16
-17.74 GiB (recompute), 21.70 (keep_attention), 55.38 (keep_products) and 72.07 (keep_all), 2B in float16 7.19 (recompute)
-and 31.7 (keep_all). All come out within 3 %. Blocks that are not compiled keep more.
+17.74 GiB (recompute), 21.70 (keep_attention), 55.38 (keep_products) and 72.07 (keep_all), 2B in float16 7.19
+(recompute) and 31.7 (keep_all). All come out within 3 %. Blocks that are not compiled keep more.
 """
 ENCODER_UNITS = 10.0
 """Tensors of an image's full size alive at once in the encoder: a convolution's input three frames deep, its output,

@@ -200,4 +200,10 @@ def _describe_clip(entry: Entry, part: str) -> dict[str, str]:
         if clip.start == 0 and clip.end is None
         else f"{clip.start:g} s - {'end' if clip.end is None else f'{clip.end:g} s'}"
     )
-    return {"id": clip.id, "caption": clip.caption, "segment": segment, "weight": f"{clip.weight:g}", "part": part}
+    return {
+        "id": clip.id,
+        "caption": clip.caption,
+        "segment": segment,
+        "weight": f"{clip.weight:g}",
+        "part": "prior" if clip.prior else part,
+    }

@@ -87,6 +87,14 @@ def test_optional_columns(folder: Path, suffix: str) -> None:
     assert len({clip.id for clip in clips}) == 3, "segments of one video get ids of their own"
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_prior_clips_are_marked(folder: Path, suffix: str) -> None:
+    rows = [{"video": "a.mp4", "caption": "x", "prior": value, "id": str(value)} for value in (True, False, "true", 0)]
+    clips = read_manifest(write_rows(folder / f"list{suffix}", rows))
+    assert [clip.prior for clip in clips] == [True, False, True, False]
+    assert not read_manifest(write_rows(folder / f"plain{suffix}", [{"video": "a.mp4", "caption": "x"}]))[0].prior
+
+
 def test_trigger_word_stands_before_every_caption(folder: Path) -> None:
     path = write_rows(folder / "list.jsonl", [{"video": "a.mp4", "caption": " a toy "}])
     assert read_manifest(path, id_token=" ZIBBER ")[0].caption == "ZIBBER a toy"
@@ -105,6 +113,7 @@ def test_trigger_word_stands_before_every_caption(folder: Path) -> None:
         ({"video": "a.mp4", "caption": "x", "start": -1}, ["start=-1", "seconds"]),
         ({"video": "a.mp4", "caption": "x", "start": 5, "end": 5}, ["start=5", "end=5"]),
         ({"video": "a.mp4", "caption": "x", "weight": -2}, ["weight=-2"]),
+        ({"video": "a.mp4", "caption": "x", "prior": "maybe"}, ["prior='maybe'", "true or false"]),
         ({"video": "picture.JPG", "caption": "x"}, ["picture.JPG", "an image", "remove it"]),
         ({"video": "../outside.mp4", "caption": "x"}, ["../outside.mp4", "leads out", "data.allow_outside_root"]),
         ({"video": "link.mp4", "caption": "x"}, ["link.mp4", "leads out", "data.allow_outside_root"]),
