@@ -437,12 +437,12 @@ def test_sampling_fast_paths_equal_the_stock_blocks(
     assert any(kind != "full" for kind in cache.kinds[4:6])
 
 
+@torch._dynamo.config.patch(recompile_limit=2)  # restored afterwards
 def test_the_compiler_makes_a_graph_for_every_shape_of_a_run(
-    variant_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    variant_folder: Callable[[str], Path],
 ) -> None:
     """Past its limit it would run blocks uncompiled without a word, or refuse."""
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     facts = models.read_facts(variant_folder("tiny-1.5"))
     transformer, denoiser = models.load_transformer(facts, torch.float32), make_denoiser(facts)
     transformer.requires_grad_(True).train()
