@@ -37,7 +37,7 @@ def main() -> None:
         eight_bit=plan.memory.eight_bit,
     )
     model = TrainedModel(
-        load_transformer(plan.facts, torch.float32),
+        load_transformer(plan.facts, plan.dtype if plan.memory.eight_bit else torch.float32),
         plan.facts,
         card,
         export_dtype=plan.dtype,

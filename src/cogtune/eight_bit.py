@@ -1,10 +1,10 @@
-"""Numbers in few bits: optimizer state in 8 bits with a scale for each block of 256, and weights rounded stochastically.
+"""Optimizer state in 8 bits, with a scale for each block of 256 numbers, and weights that are rounded stochastically.
 
 The 8-bit data type is the dynamic one of "8-bit Optimizers via Block-wise Quantization" (arXiv:2110.02861), as
 bitsandbytes and torchao use it: each decade of [1e-7, 1] has half as many values as the next larger one. Two things
-differ. Of the second moment, the square root is stored: it needs as many decades as the first moment, not twice as many,
-and its errors come out smaller (docs/LOG.md). And its smallest value is above zero: beside a first moment that is not
-zero, a second moment rounded to zero would make a step of any size (arXiv:2309.01507, section 4.1).
+differ. Of the second moment, the square root is stored: it needs as many decades as the first moment, not twice as
+many, and its errors come out smaller (docs/LOG.md). And its smallest value is above zero: beside a first moment that is
+not zero, a second moment rounded to zero would make a step of any size (arXiv:2309.01507).
 """
 
 from functools import cache

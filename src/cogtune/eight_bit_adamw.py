@@ -9,6 +9,7 @@ norm were the larger one of two numbers: the geometric mean of recent steps' nor
 the step has brought so far. So a single bad step can't do harm, whatever the steps before it were like.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ from cogtune.draws import derive_seed
 from cogtune.eight_bit import BLOCK, dequantize, make_tables, quantize, round_stochastically
 
 SMALLEST_QUANTIZED = 4096
-"""Tensors with fewer numbers, vectors, and what is no multiple of a block keep float32 state: a few millionths of all."""
+"""What has fewer numbers, is a vector or no multiple of a block has float32 state: under 0.1 % of a released model."""
 CHUNK = 1 << 22
 """Numbers that are updated at once: some 50 bytes of float32 and other intermediate tensors for each."""
 NORM_DECAY = 0.9
@@ -33,6 +34,16 @@ _NAMES_FLOAT32 = ("exp_avg", "exp_avg_sq")
 def is_quantized(parameter: Tensor) -> bool:
     """Whether a weight's state is kept in 8 bits."""
     return parameter.ndim > 1 and parameter.numel() >= SMALLEST_QUANTIZED and parameter.numel() % BLOCK == 0
+
+
+def _decide(norm: Tensor, squares: Tensor, failed: Tensor, past: Tensor, limit: Tensor) -> list[Tensor]:
+    """Takes a gradient's norm into the step's: its squares, whether it failed, whether to update, and the factor.
+
+    `squares` are those of the step so far, `past` is a norm to expect, `limit` the largest one: scalars on the device.
+    """
+    squares = squares + norm.square()
+    failed = torch.maximum(failed, (~squares.isfinite()).float())
+    return [squares, failed, 1 - failed, (limit / (torch.maximum(squares.sqrt(), past) + 1e-6)).clamp(max=1.0)]
 
 
 def _adamw(weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, bits: Tensor, numbers: list[Tensor]) -> None:
@@ -75,7 +86,13 @@ class EightBitAdamW(torch.optim.Optimizer):
     """AdamW whose updates run in hooks of the backward pass; `step` only counts."""
 
     def __init__(
-        self, parameters: list[nn.Parameter], settings: OptimizerSettings, *, seed: int, compiled: bool = False
+        self,
+        parameters: list[nn.Parameter],
+        settings: OptimizerSettings,
+        *,
+        seed: int,
+        compiled: bool = False,
+        compiler: str = "inductor",
     ) -> None:
         defaults = {
             "lr": settings.learning_rate,
@@ -86,7 +103,8 @@ class EightBitAdamW(torch.optim.Optimizer):
         super().__init__(parameters, defaults)
         assert all(p.dtype == torch.bfloat16 and p.is_contiguous() for p in parameters)
         self.device = parameters[0].device
-        self._seed, self._max_norm = seed, settings.max_grad_norm
+        self._seed = seed
+        self._limit = torch.full((), settings.max_grad_norm or math.inf, device=self.device)
         self._generator = torch.Generator(self.device)
         self._tables = [table for signed in (True, False) for table in make_tables(self.device, signed=signed)]
         self.num_steps = 0
@@ -97,21 +115,26 @@ class EightBitAdamW(torch.optim.Optimizer):
         """Sum of this step's squared gradients so far."""
         self.failed = torch.zeros((), device=self.device)
         self._numbers: list[Tensor] = []
-        self._update_8bit: Callable[..., None] = _adamw_8bit
+        self._past = torch.zeros((), device=self.device)
+        self._functions: list[Callable[..., Any]] = [_decide, _adamw, _adamw_8bit]
         if compiled:
-            self._update_8bit = torch.compile(_adamw_8bit, dynamic=True, fullgraph=True)
+            compile_it = partial(torch.compile, dynamic=True, fullgraph=True, backend=compiler)
+            self._functions = [compile_it(function) for function in self._functions]
             self._warm_up()
         for index, parameter in enumerate(parameters):
             parameter.register_post_accumulate_grad_hook(partial(self._update, index))
 
     def _warm_up(self) -> None:
         """Compiles before the backward pass, whose hooks run in a thread of autograd's."""
-        numbers = [torch.zeros((), device=self.device) for _ in range(8)]
+        decide, update, update_8bit = self._functions
+        scalars = [torch.zeros((), device=self.device) for _ in range(8)]
         for size in (4 * BLOCK, 8 * BLOCK):
-            weight = torch.zeros(size, dtype=torch.bfloat16, device=self.device)
+            weight, gradient = (torch.zeros(size, dtype=torch.bfloat16, device=self.device) for _ in range(2))
             bits = torch.zeros(size, dtype=torch.int16, device=self.device)
             with torch.no_grad():
-                self._update_8bit(weight, weight, _make_state(weight), self._tables, bits, numbers)
+                decide(*scalars[:4], self._limit)
+                update(weight, gradient, weight.float(), weight.float(), bits, scalars)
+                update_8bit(weight, gradient, _make_state(weight), self._tables, bits, scalars)
 
     @torch.no_grad()
     def _update(self, index: int, parameter: nn.Parameter) -> None:
@@ -127,8 +150,11 @@ class EightBitAdamW(torch.optim.Optimizer):
             state.update(zip(names, made, strict=True))
         if not self._numbers:
             self._numbers = self._make_numbers()
-        numbers = [*self._decide(gradient), *self._numbers]
         weight, gradient = parameter.detach().view(-1), gradient.reshape(-1)
+        decide, update, update_8bit = self._functions
+        norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+        self.squares, self.failed, *now = decide(norm, self.squares, self.failed, self._past, self._limit)
+        numbers = [*now, *self._numbers]
         self._generator.manual_seed(derive_seed("rounding", self._seed, self.num_steps, index))
         kept = [state[name].view(-1) for name in names]
         for start in range(0, len(weight), CHUNK):
@@ -138,25 +164,16 @@ class EightBitAdamW(torch.optim.Optimizer):
                 -0x8000, 0x8000, (size,), dtype=torch.int16, device=self.device, generator=self._generator
             )
             if not quantized:
-                _adamw(weight[piece], gradient[piece], kept[0][piece], kept[1][piece], bits, numbers)
+                update(weight[piece], gradient[piece], kept[0][piece], kept[1][piece], bits, numbers)
                 continue
             blocks = slice(start // BLOCK, (start + size) // BLOCK)
             state_piece = [kept[0][piece], kept[1][blocks], kept[2][piece], kept[3][blocks]]
-            self._update_8bit(weight[piece], gradient[piece], state_piece, self._tables, bits, numbers)
-
-    def _decide(self, gradient: Tensor) -> list[Tensor]:
-        """Whether to step, and what to multiply the gradient with; takes it into this step's norm."""
-        self.squares = self.squares + torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
-        self.failed = torch.maximum(self.failed, (~self.squares.isfinite()).float())
-        if self._max_norm is None:
-            return [1 - self.failed, torch.ones_like(self.failed)]
-        norm = self.squares.sqrt()
-        if self.log_norm is not None:
-            norm = torch.maximum(norm, self.log_norm.exp())
-        return [1 - self.failed, (self._max_norm / (norm + 1e-6)).clamp(max=1.0)]
+            update_8bit(weight[piece], gradient[piece], state_piece, self._tables, bits, numbers)
 
     def _make_numbers(self) -> list[Tensor]:
         """What all updates of a step share; written by kernels, so that nothing waits."""
+        if self.log_norm is not None:
+            self._past = self.log_norm.exp()
         group: dict[str, Any] = self.param_groups[0]
         (beta1, beta2), rate, count = group["betas"], group["lr"], self.num_steps + 1
         values = (

@@ -1,7 +1,7 @@
 """Full fine-tuning: all of the transformer's weights, float32 while training; out comes a pipeline folder.
 
 The float32 weights are on the device, or on the host where the device only computes (`host_training`). With 8-bit
-optimizer state there are none: the weights are in the run's precision (`eight_bit_adamw`).
+optimizer state there are none: the weights themselves are bfloat16 (`eight_bit_adamw`).
 """
 
 import os
@@ -34,8 +34,9 @@ class TrainedModel:
         device: torch.device | None = None,
     ) -> None:
         """`on_host`: the weights stay there and the `device` computes with copies of the precision `export_dtype`;
-        not `in_float32`: the weights themselves have it."""
-        self.transformer = transformer.to(torch.float32 if in_float32 else export_dtype).requires_grad_(True)
+        not `in_float32`: the weights themselves are bfloat16."""
+        transformer = transformer.float() if in_float32 else transformer.bfloat16()
+        self.transformer = transformer.requires_grad_(True)
         self._facts, self._card = facts, model_card
         self._export_dtype = export_dtype
         self.host = HostWeights(transformer, export_dtype, device or torch.device("cpu")) if on_host else None

@@ -1,4 +1,4 @@
-"""AdamW inside the backward pass: against float32 AdamW, exact resume, bad gradients, compiled and recomputed blocks."""
+"""AdamW inside the backward pass: against float32 AdamW, exact resume, bad gradients, blocks compiled or recomputed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +56,7 @@ def make_8bit(model: nn.Module, settings: OptimizerSettings = SETTINGS) -> tuple
 
 
 def test_it_learns_like_float32_adamw() -> None:
-    """A regression of 300 steps: the losses end within 10 % of each other, far below where they began."""
+    """A regression of 300 steps: the losses end within 15 % of each other, at a fiftieth of the first one."""
     reference, model = make_model(), make_model().bfloat16()
     exact = make_optimizer(list(reference.parameters()), SETTINGS)
     first = find_loss(reference).item()
@@ -68,9 +68,8 @@ def test_it_learns_like_float32_adamw() -> None:
     optimizer, guard = make_8bit(model)
     take_steps(model, optimizer, guard, range(300))
     expected, found = find_loss(reference).item(), find_loss(model).item()
-    print(first, expected, found)
-    assert expected < first / 20
-    assert found == pytest.approx(expected, rel=0.1)
+    assert expected < first / 50
+    assert found == pytest.approx(expected, rel=0.15)
 
 
 def test_without_rounding_a_step_is_torchs_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,26 +154,47 @@ def test_after_bad_gradients_nothing_changes_any_more(value: float) -> None:
 
 
 def test_gradients_are_clipped_by_recent_norms_and_by_the_step_itself() -> None:
-    weight, other = (nn.Parameter(torch.zeros(2, dtype=torch.bfloat16)) for _ in range(2))
-    optimizer = EightBitAdamW([weight, other], OptimizerSettings(max_grad_norm=1.0), seed=0)
+    """Seen in the first moment: a tenth of what a gradient was scaled to, from zero."""
+    first, second = (nn.Parameter(torch.zeros(1, dtype=torch.bfloat16)) for _ in range(2))
+    optimizer = EightBitAdamW([first, second], OptimizerSettings(max_grad_norm=1.0), seed=0)
     guard = EightBitGuard(optimizer)
-    factors = []
 
-    def decide(*sizes: float) -> None:
-        factors.append([optimizer._decide(torch.full((1,), size))[1].item() for size in sizes])
-        norms.append(guard.apply(optimizer, []).item())
+    def step(*sizes: float) -> list[float]:
+        """The norm of a step with these gradients, one after the other, and the factors that they got."""
+        factors = []
+        for parameter, size in zip((first, second), sizes, strict=True):
+            optimizer.state.pop(parameter, None)
+            (parameter * size).backward()
+            factors.append(optimizer.state[parameter]["exp_avg"].item() / (0.1 * size))
+        norm = guard.apply(optimizer, [])
+        optimizer.step()
+        return [norm.item(), *factors]
 
-    norms: list[float] = []
-    decide(0.3, 0.4)
-    decide(30.0, 40.0)
-    decide(0.3, 0.4)
-    assert norms == pytest.approx([0.5, 50.0, 0.5])
-    assert factors[0] == [1.0, 1.0]
-    assert factors[1] == pytest.approx([1 / 30, 1 / 50], rel=1e-5), "the spike itself, though no step before had one"
-    assert factors[2] == pytest.approx([1.0, 1.0]), "and the step after it is hardly held back: 0.5 x 100^0.1"
+    assert step(0.25, 0.5) == pytest.approx([0.3125**0.5, 1.0, 1.0])
+    norm, *factors = step(32.0, 32.0)
+    assert [norm, *factors] == pytest.approx([32 * 2**0.5, 1 / 32, 1 / (32 * 2**0.5)], rel=1e-5)
+    assert step(0.25, 0.5) == pytest.approx([0.3125**0.5, 1.0, 1.0]), "a spike hardly holds back the step after it"
     optimizer.log_norm = torch.tensor(4.0).log()
-    decide(1.0, 1.0)
-    assert factors[3] == pytest.approx([0.25, 0.25], rel=1e-5)
+    assert step(1.0, 1.0) == pytest.approx([2**0.5, 0.25, 0.25], rel=1e-5)
+
+
+def test_a_compiled_step_is_made_once_for_all_sizes() -> None:
+    torch._dynamo.reset()
+    sizes = [(64, 64), (16, 1024), (96, 256), (80,), (300,), (2048, 24)]
+    found = []
+    for compiled in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(size, generator=generator).bfloat16()) for size in sizes]
+        optimizer = EightBitAdamW(parameters, SETTINGS, seed=0, compiled=compiled, compiler="aot_eager")
+        guard = EightBitGuard(optimizer)
+        with torch._dynamo.config.patch(error_on_recompile=compiled):
+            for _ in range(3):
+                sum(p.float().sin().sum() for p in parameters).backward()
+                guard.apply(optimizer, [])
+                optimizer.step()
+        found.append(parameters)
+    for plain, compiled in zip(*found, strict=True):
+        assert torch.equal(plain, compiled)
 
 
 def train_blocks(make_hooks: Callable[[Any], Any], activations: Activations, *, compiled: bool, offloaded: int) -> Any:
