@@ -189,7 +189,7 @@ def test_a_compiled_step_is_made_once_for_all_sizes() -> None:
         guard = EightBitGuard(optimizer)
         with torch._dynamo.config.patch(error_on_recompile=compiled):
             for _ in range(3):
-                sum(p.float().sin().sum() for p in parameters).backward()
+                torch.stack([p.float().sin().sum() for p in parameters]).sum().backward()
                 guard.apply(optimizer, [])
                 optimizer.step()
         found.append(parameters)
