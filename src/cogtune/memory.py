@@ -63,7 +63,7 @@ class MemoryPlan:
 
     activations: Activations
     weights: int
-    """Frozen weights on the device."""
+    """Frozen weights on the device; the trained ones where they have no float32 copy there."""
     trainable: int
     """Trained weights in float32 with gradients and optimizer state; on the host, the gradients on their way there; in
     8 bits, state and one block's gradients."""

@@ -19,7 +19,7 @@ from cogtune.random_pipeline import ARCHITECTURES, make_architecture_facts, make
 
 DEVICE = torch.device("cuda")
 LAYERS, SIZE = 6, (49, 240, 368)
-CHANGES = {"num_layers": LAYERS, "num_attention_heads": 32}
+CHANGES: dict[str, Any] = {"num_layers": LAYERS, "num_attention_heads": 32}
 SETTINGS = OptimizerSettings(learning_rate=1e-4)
 
 

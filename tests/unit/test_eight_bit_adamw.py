@@ -153,6 +153,19 @@ def test_after_bad_gradients_nothing_changes_any_more(value: float) -> None:
     assert all(torch.equal(a, b) for a, b in zip(after, state, strict=True))
 
 
+def test_one_bad_gradient_stops_its_weight_and_all_that_come_after_it() -> None:
+    weights = [nn.Parameter(torch.ones(4, dtype=torch.bfloat16)) for _ in range(3)]
+    optimizer = EightBitAdamW(weights, OptimizerSettings(learning_rate=0.1), seed=0)
+    guard = EightBitGuard(optimizer)
+    for weight, factor in zip(weights, (1.0, float("inf"), 1.0), strict=True):
+        (weight.sum() * factor).backward()
+    norm = guard.apply(optimizer, [])
+    optimizer.step()
+    assert guard.has_failed() and not norm.isfinite()
+    assert [bool((weight != 1).all()) for weight in weights] == [True, False, False]
+    assert all((weight == 1).all() for weight in weights[1:])
+
+
 def test_gradients_are_clipped_by_recent_norms_and_by_the_step_itself() -> None:
     """Seen in the first moment: a tenth of what a gradient was scaled to, from zero."""
     first, second = (nn.Parameter(torch.zeros(1, dtype=torch.bfloat16)) for _ in range(2))
