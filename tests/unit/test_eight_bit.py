@@ -78,3 +78,22 @@ def test_small_updates_are_kept_in_the_mean() -> None:
         nearest = (nearest.float() + update).bfloat16()
     assert weight.float().mean() == pytest.approx(1 + 500 * update, rel=3e-4)
     assert (nearest == 1).all()
+
+
+@pytest.mark.parametrize(("beta", "low", "high"), [(0.95, 0.92, 1.08), (0.99, 0.87, 1.12), (0.999, 0.84, 1.19)])
+def test_a_moving_average_of_squares_stays_near_the_exact_one(beta: float, low: float, high: float) -> None:
+    """Its root, stored in each step, beside float64's; gradients of log-normal sizes (docs/LOG.md has other ways)."""
+    generator = torch.Generator().manual_seed(1)
+    values, limits = make_tables(CPU, signed=False)
+    sizes = torch.randn(16 * BLOCK, generator=generator).exp()
+    exact, kept = torch.zeros(16 * BLOCK, dtype=torch.float64), quantize(torch.zeros(16 * BLOCK), limits)
+    for _ in range(int(6 / (1 - beta))):
+        square = (torch.randn(16 * BLOCK, generator=generator) * sizes).square()
+        exact = exact * beta + square.double() * (1 - beta)
+        root = dequantize(*kept, values)
+        kept = quantize((root.square() * beta + square * (1 - beta)).sqrt(), limits)
+    ratio = dequantize(*kept, values) / exact.sqrt()
+    assert ratio.quantile(0.05) > low and ratio.quantile(0.95) < high, ratio.quantile(
+        torch.tensor([0.05, 0.95]).double()
+    )
+    assert ratio.median() == pytest.approx(1, abs=0.02)
