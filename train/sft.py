@@ -29,13 +29,20 @@ def main() -> None:
     accelerator.print(plan.describe())
     run = Run(plan, accelerator, encode_data(plan, accelerator))
 
-    card = make_model_card(config, plan.facts, num_clips=len(run.data.train), global_batch=plan.global_batch)
+    card = make_model_card(
+        config,
+        plan.facts,
+        num_clips=len(run.data.train),
+        global_batch=plan.global_batch,
+        eight_bit=plan.memory.eight_bit,
+    )
     model = TrainedModel(
-        load_transformer(plan.facts, torch.float32),
+        load_transformer(plan.facts, plan.dtype if plan.memory.eight_bit else torch.float32),
         plan.facts,
         card,
         export_dtype=plan.dtype,
         on_host=plan.memory.on_host,
+        in_float32=not plan.memory.eight_bit,
         device=accelerator.device,
     )
     if not run.train(model):

@@ -159,10 +159,12 @@ class MemorySettings(Section):
     just in time. The same result; auto: as many as fit (docs/memory.md)."""
     offloaded_blocks: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Blocks whose kept activations wait in host memory for the backward pass; the same result. auto: as is fastest."""
-    optimizer: Literal["auto", "device", "host"] = "auto"
+    optimizer: Literal["auto", "device", "host", "8bit"] = "auto"
     """Where full fine-tuning keeps its float32 weights and AdamW's state. host: in host memory, updated there beside
     the next forward pass; the GPU computes with streamed copies in `model.dtype` (not float16). auto: on the device if
-    they fit."""
+    they fit. 8bit: on the device, bfloat16 weights and AdamW's state in 8 bits; another result (docs/memory.md)."""
+    allow_8bit_optimizer: bool = False
+    """Let `optimizer: auto` take 8bit where it is the fastest that fits."""
     allow_tf32: bool = True
     """TensorFloat-32 for float32 matrix products on a GPU (no effect on bfloat16 and float16 ones)."""
 

@@ -1,6 +1,7 @@
 """Full fine-tuning: all of the transformer's weights, float32 while training; out comes a pipeline folder.
 
-The float32 weights are on the device, or on the host where the device only computes (`host_training`).
+The float32 weights are on the device, or on the host where the device only computes (`host_training`). With 8-bit
+optimizer state there are none: the weights themselves are bfloat16 (`eight_bit_adamw`).
 """
 
 import os
@@ -29,27 +30,31 @@ class TrainedModel:
         *,
         export_dtype: torch.dtype,
         on_host: bool = False,
+        in_float32: bool = True,
         device: torch.device | None = None,
     ) -> None:
-        """`on_host`: the weights stay there and the `device` computes with copies of the precision `export_dtype`."""
-        self.transformer, self._facts, self._card = transformer.float().requires_grad_(True), facts, model_card
+        """`on_host`: the weights stay there and the `device` computes with copies of the precision `export_dtype`;
+        not `in_float32`: the weights themselves are bfloat16."""
+        transformer = transformer.float() if in_float32 else transformer.bfloat16()
+        self.transformer = transformer.requires_grad_(True)
+        self._facts, self._card = facts, model_card
         self._export_dtype = export_dtype
         self.host = HostWeights(transformer, export_dtype, device or torch.device("cpu")) if on_host else None
 
     base = None  # no copy of the weights as they were is kept
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """Every parameter by name, float32."""
+        """Every parameter by name."""
         return dict(self.transformer.named_parameters()) if self.host is None else dict(self.host.parameters)
 
     def save(self, folder: Path, *, trained: bool) -> None:
-        """The float32 weights, for resuming."""
+        """The weights, for resuming."""
         del trained  # there is no empty model to guard against
         state = {name: p.detach().cpu().contiguous() for name, p in self.parameters().items()}
         save_file(state, folder / WEIGHTS_NAME)
 
     def load(self, folder: Path) -> None:
-        """The float32 weights from a checkpoint; strict about names and shapes."""
+        """The weights from a checkpoint; strict about names and shapes."""
         saved, own = load_file(folder / WEIGHTS_NAME), self.parameters()
         wrong = sorted(set(own) ^ set(saved)) or [name for name in own if own[name].shape != saved[name].shape]
         if wrong:

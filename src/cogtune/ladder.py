@@ -2,7 +2,8 @@
 
 A rung says which activations the backward pass finds (`execution`), how many blocks' weights stay on the device while
 the others are streamed (`streaming.blocks`), and of how many blocks the activations wait on the host
-(`streaming.activations`). None of them changes a result.
+(`streaming.activations`). None of them changes a result. In full fine-tuning it also says where weights and optimizer
+state are; that in 8 bits does change the result, and is on the ladder only where the user lets it.
 """
 
 from collections.abc import Callable, Sequence
@@ -187,9 +188,10 @@ def describe_rungs(
 
     Of rungs that differ in counts only, the fastest that fits is shown, or else the smallest.
     """
-    groups: dict[tuple[Activations, bool, bool], list[MemoryPlan]] = {}
+    groups: dict[tuple[Activations, bool, bool, bool, bool], list[MemoryPlan]] = {}
     for rung in rungs:
-        key = (rung.activations, rung.num_resident is not None, rung.num_offloaded > 0)
+        streamed = rung.num_resident is not None
+        key = (rung.activations, streamed, rung.num_offloaded > 0, rung.on_host, rung.eight_bit)
         groups.setdefault(key, []).append(rung)
     shown = []
     for group in groups.values():

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from cogtune.eight_bit import BLOCK
+from cogtune.eight_bit_adamw import CHUNK
 from cogtune.execution import Activations
 from cogtune.models import ModelFacts
 from cogtune.streaming.blocks import DEFAULT_SLOTS
@@ -46,6 +48,10 @@ q, k and v in one, q and k rotated, attention's output, or the feed-forward's in
 HOST_OPTIMIZER_BYTES = 12
 """A trained weight on the host in float32 and two moments; its copy and its gradient in the run's precision come on
 top. Counted."""
+EIGHT_BIT_STATE_BYTES = 2 * (1 + 4 / BLOCK)
+"""A trained weight's two moments in 8 bits with their scales. Counted."""
+UPDATE_BYTES = 50
+"""For each number of a piece that is updated inside the backward pass, uncompiled. Counted."""
 TRAINED_BYTES = 16
 """A trained weight in float32, its gradient and two moments. Counted."""
 ACTIVATIONS_FAST_TO_SLOW: tuple[Activations, ...] = ("keep_all", "keep_products", "keep_attention", "recompute")
@@ -57,9 +63,10 @@ class MemoryPlan:
 
     activations: Activations
     weights: int
-    """Frozen weights on the device."""
+    """Frozen weights on the device; the trained ones where they have no float32 copy there."""
     trainable: int
-    """Trained weights in float32 with gradients and optimizer state; on the host, the gradients on their way there."""
+    """Trained weights in float32 with gradients and optimizer state; on the host, the gradients on their way there; in
+    8 bits, state and one block's gradients."""
     kept: int
     workspace: int
     num_resident: int | None = None
@@ -70,6 +77,8 @@ class MemoryPlan:
     """Page-locked host memory."""
     on_host: bool = False
     """The trained weights and the optimizer's state are in host memory; all blocks are streamed."""
+    eight_bit: bool = False
+    """AdamW's state is in 8 bits, there are no float32 weights, and each gradient goes as soon as it comes."""
     seconds: float = 0.0
     """Predicted time of a step; comparable within one list of plans only."""
 
@@ -83,6 +92,8 @@ class MemoryPlan:
         parts: list[str] = [self.activations]
         if self.on_host:
             parts.append("weights and optimizer on the host")
+        elif self.eight_bit:
+            parts.append("bfloat16 weights and 8-bit optimizer state")
         elif self.num_resident is not None:
             parts.append(f"{self.num_resident} blocks resident, others streamed")
         if self.num_offloaded:
@@ -128,6 +139,7 @@ def predict(
     num_resident: int | None = None,
     num_offloaded: int = 0,
     on_host: bool = False,
+    eight_bit: bool = False,
 ) -> MemoryPlan:
     """The plan for a transformer of `num_parameters` frozen and `num_trainable` trained ones.
 
@@ -135,7 +147,7 @@ def predict(
     `num_encoder`: parameters of the autoencoder's encoder, which encodes images of `image_pixels` before the forward
     pass, when nothing else is kept yet (image-to-video). `num_block_parameters` are in each block, and `num_resident`
     of the blocks are not streamed. `on_host`: all are trained, and the device has copies of two blocks, and the
-    gradients of two.
+    gradients of two. `eight_bit`: all are trained, without float32 weights, and the device has one block's gradients.
     """
     size = element_bytes(dtype)
     unit = activation_bytes(facts, tokens, batch_size, dtype)
@@ -154,6 +166,10 @@ def predict(
         outside = num_trainable * size - facts.num_layers * block
         weights, trainable = outside + DEFAULT_SLOTS * block, outside + GRADIENTS_AT_ONCE * block
         host += num_trainable * (2 * size + HOST_OPTIMIZER_BYTES)
+    if eight_bit:
+        weights = num_trainable * size
+        gradients = num_block_parameters * size
+        trainable = int(num_trainable * EIGHT_BIT_STATE_BYTES) + gradients + CHUNK * UPDATE_BYTES
     kept = int(at_once * kept_by_block)
     encoding = int(ENCODER_UNITS * batch_size * image_pixels * ENCODER_CHANNELS * size) if num_encoder else 0
     return MemoryPlan(
@@ -166,6 +182,7 @@ def predict(
         num_offloaded=num_offloaded,
         host=host,
         on_host=on_host,
+        eight_bit=eight_bit,
     )
 
 
@@ -185,7 +202,10 @@ def explain_out_of_memory(plan: MemoryPlan, error: BaseException) -> str:
     """What to turn after the device ran out of memory."""
     first_line = str(error).splitlines()[0][:300]
     steps = [] if plan.activations == "recompute" else ["memory.mode=recompute"]
-    if plan.num_resident != 0 and not plan.on_host:
+    if plan.eight_bit:
+        saved = plan.weights + plan.trainable
+        steps.append(f"memory.optimizer=host (gives back up to {saved / GIB:.1f} GiB)")
+    elif plan.num_resident != 0 and not plan.on_host:
         saved = plan.weights if plan.num_resident is None else plan.weights // (plan.num_resident + DEFAULT_SLOTS)
         steps.append(f"memory.resident_blocks={_fewer(plan.num_resident)} (gives back up to {saved / GIB:.1f} GiB)")
     if not plan.num_offloaded:

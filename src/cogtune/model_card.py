@@ -51,7 +51,7 @@ tags: [cogvideox, {task}, cogtune]
 # {title}
 
 {base}, all of its transformer fine-tuned with cogtune on {num_clips} clip(s): {steps} steps of {batch} sample(s),
-learning rate {learning_rate:g} ({schedule}).{average}
+learning rate {learning_rate:g} ({schedule}).{average}{optimizer}
 
 ```python
 from diffusers import {pipeline}
@@ -109,8 +109,10 @@ def _base_line(name: str) -> str:
     return f"base_model: {name}\n" if is_hub_name(name) else ""
 
 
-def make_model_card(config: RunConfig, facts: ModelFacts, *, num_clips: int, global_batch: int) -> str:
-    """README.md of a fully fine-tuned pipeline folder."""
+def make_model_card(
+    config: RunConfig, facts: ModelFacts, *, num_clips: int, global_batch: int, eight_bit: bool = False
+) -> str:
+    """README.md of a fully fine-tuned pipeline folder; `eight_bit`: AdamW's state was kept so."""
     row, decay = VARIANTS.get(facts.variant), config.train.ema_decay
     base = row.hub_name if row and row.hub_name else config.model.path
     return _MODEL_CARD.format(
@@ -124,6 +126,7 @@ def make_model_card(config: RunConfig, facts: ModelFacts, *, num_clips: int, glo
         schedule=config.schedule.name,
         **_name_task(facts),
         average=f" The weights are an average with decay {decay:g}." if decay else "",
+        optimizer="\nThe weights were bfloat16 while training, AdamW's state 8 bits." if eight_bit else "",
     )
 
 

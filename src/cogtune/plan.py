@@ -28,6 +28,7 @@ from cogtune.memory import (
     predict,
 )
 from cogtune.models import ModelFacts
+from cogtune.optimizer_ways import check_optimizer, list_optimizer_ways
 from cogtune.streaming.host import free_host_bytes
 
 
@@ -72,7 +73,8 @@ class TrainingPlan(DataPlan):
         free = "unknown" if self.free_bytes is None else f"{self.free_bytes / GIB:.1f} GiB"
         rows = {
             "model": f"{facts.variant} at {facts.folder}",
-            "precision": f"{str(self.dtype)[6:]} base on {self.device.type}, float32 trained weights",
+            "precision": f"{str(self.dtype)[6:]} base on {self.device.type}, "
+            f"{'bfloat16' if self.memory.eight_bit else 'float32'} trained weights",
             "parameters": f"{self.num_parameters:,} frozen, {self.num_trainable:,} trained "
             f"({100 * self.num_trainable / (self.num_parameters or self.num_trainable):.2f} %)",
             "clips": f"{len(self.train_clips)} to train on, {len(self.validation_clips)} held out",
@@ -95,6 +97,11 @@ class TrainingPlan(DataPlan):
             rows["image"] = (
                 f"the first frame, or the manifest's image ({given} clip(s)); noise on its pixels, "
                 f"dropped for {100 * self.image_dropout:g} %"
+            )
+        if self.memory.eight_bit:
+            rows["optimizer"] = (
+                "AdamW with 8-bit state, stepping inside the backward pass; weights are rounded stochastically, "
+                "gradients clipped by recent steps' norms (docs/memory.md): not the result of float32"
             )
         if self.num_float8:
             rows["float8"] = f"products with {self.num_float8:,} of the frozen parameters"
@@ -192,7 +199,7 @@ def _add_training(data: DataPlan, num_parameters: int, num_trainable: int, num_f
     config = data.config
     refuse_missing_files([*data.train_clips, *data.validation_clips], config)
     _check_cuda_graph(data)
-    _check_optimizer(config, data.dtype, full=num_parameters == 0)
+    check_optimizer(config, data.dtype, full=num_parameters == 0)
     check_backend(
         config.train.attention,
         num_heads=data.facts.num_heads,
@@ -233,7 +240,7 @@ def _add_training(data: DataPlan, num_parameters: int, num_trainable: int, num_f
         free_host=free_host,
         compiled=compiled,
         num_float8=num_float8,
-        autocast=num_parameters == 0 and data.dtype != torch.float32 and not memory.on_host,
+        autocast=num_parameters == 0 and data.dtype != torch.float32 and not (memory.on_host or memory.eight_bit),
     )
 
 
@@ -296,31 +303,5 @@ def list_training_rungs(
         num_block_parameters=num_block,
     )
     shape = {"num_layers": facts.num_layers, "free_bytes": free_bytes, "streamable": streamable}
-    if frozen or settings.optimizer == "device" or _why_not_on_host(config, dtype):
-        return list_rungs(count, time_of, settings, **shape)
-    on_host = list_rungs(partial(count, on_host=True), time_of, settings, **shape)
-    if settings.optimizer == "host":
-        return on_host
-    on_device = list_rungs(count, time_of, settings, **shape)
-    return on_device if free_bytes is None else sort_rungs([*on_device, *on_host])
-
-
-def _why_not_on_host(config: RunConfig, dtype: torch.dtype) -> str:
-    """What keeps a full fine-tuning's optimizer off the host; empty where nothing does."""
-    reasons = {
-        "float16 needs loss scaling; set model.dtype=bfloat16": dtype == torch.float16,
-        "train.gradient_accumulation_steps must be 1": config.train.gradient_accumulation_steps > 1,
-        "train.ema_decay must be null": config.train.ema_decay is not None,
-        "train.cuda_graph must be false": config.train.cuda_graph,
-        "it needs one process": int(os.environ.get("WORLD_SIZE", "1")) > 1,
-    }
-    return "; ".join(reason for reason, holds in reasons.items() if holds)
-
-
-def _check_optimizer(config: RunConfig, dtype: torch.dtype, *, full: bool) -> None:
-    """Raises `UserError` where memory.optimizer=host can't be."""
-    if config.memory.optimizer != "host":
-        return
-    why = _why_not_on_host(config, dtype) if full else "it is for full fine-tuning (train/sft.py)"
-    if why:
-        raise UserError(f"memory.optimizer=host: {why}; or set memory.optimizer=device")
+    ways = [{}] if frozen else list_optimizer_ways(config, dtype, free_bytes)
+    return sort_rungs([rung for way in ways for rung in list_rungs(partial(count, **way), time_of, settings, **shape)])

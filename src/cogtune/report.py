@@ -22,8 +22,18 @@ _MAX_ROWS = 200
 _MAX_PREVIEWS = 8
 
 
-def write_report(folder: Path, config: RunConfig, train: Sequence[Entry], validation: Sequence[Entry]) -> Path:
-    """Writes (or rewrites) the report of the run in `folder` from its metrics, samples and clips."""
+def write_report(
+    folder: Path,
+    config: RunConfig,
+    train: Sequence[Entry],
+    validation: Sequence[Entry],
+    *,
+    eight_bit: bool = False,
+) -> Path:
+    """Writes (or rewrites) the report of the run in `folder` from its metrics, samples and clips.
+
+    `eight_bit`: AdamW's state is kept so, which the config alone may leave open.
+    """
     rows = read_metrics(folder / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
     evaluations = [row for row in rows if "eval_loss" in row]
@@ -31,7 +41,7 @@ def write_report(folder: Path, config: RunConfig, train: Sequence[Entry], valida
     page = template.render(
         title=folder.name,
         version=_version(),
-        summary=_summarise(config, steps, evaluations),
+        summary=_summarise(config, steps, evaluations, eight_bit=eight_bit),
         charts=[
             draw_chart("training loss", {"loss": [(r["step"], r["loss"]) for r in steps], "smoothed": _smooth(steps)}),
             draw_chart("evaluation loss", {"held-out clips": [(r["step"], r["eval_loss"]) for r in evaluations]}),
@@ -85,11 +95,13 @@ def _template() -> str:
 
 
 def _summarise(
-    config: RunConfig, steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]
+    config: RunConfig, steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], *, eight_bit: bool
 ) -> list[tuple[str, str]]:
     rows = [("model", config.model.path)]
     if config.train.float8_base:
         rows.append(("frozen base", "multiplied by in float8 (train.float8_base)"))
+    if eight_bit:
+        rows.append(("optimizer", "AdamW with 8-bit state, bfloat16 weights (memory.optimizer=8bit)"))
     if steps:
         last, seconds = steps[-1], sorted(row["step_seconds"] for row in steps[1:] or steps)
         rows += [

@@ -23,6 +23,7 @@ from cogtune.data_plan import DataPlan
 from cogtune.dataset import Batch, PositionSampler, TrainingSet, make_loader
 from cogtune.denoiser import Denoiser
 from cogtune.draws import derive_seed
+from cogtune.eight_bit_adamw import EightBitAdamW, EightBitGuard
 from cogtune.ema import Ema
 from cogtune.errors import UserError
 from cogtune.execution import allow_shapes, configure_blocks
@@ -130,6 +131,7 @@ class Run:
             "config": self.config.to_plain(),
             "global_batch": plan.global_batch,
             "dataset": data.digest(),
+            "optimizer_state": "8bit" if plan.memory.eight_bit else "float32",
         }
         self._ema: Ema | None = None
         self.checkpoints = CheckpointFolder(self.folder / "checkpoints", keep_last=self.config.checkpoint.keep_last)
@@ -165,6 +167,10 @@ class Run:
             for name in ("global_batch", "dataset")
             if saved[name] != self.identity[name]
         ]
+        # What `auto` comes to depends on the machine, and a run is older than the setting.
+        before, now = saved.get("optimizer_state", "float32"), self.identity["optimizer_state"]
+        if before != now:
+            differences.append(f"memory.optimizer: {before} state -> {now} state")
         _refuse_differences(self.folder, differences)
 
     def train(self, trained: Trained) -> bool:
@@ -263,8 +269,14 @@ class Run:
             return "always"
         return "samples" if self.accelerator.device.type == "cpu" else "batch"
 
-    def _make_optimizer(self, trained: Trained) -> tuple[torch.optim.Optimizer, StepGuard | HostStepGuard]:
+    def _make_optimizer(
+        self, trained: Trained
+    ) -> tuple[torch.optim.Optimizer, StepGuard | HostStepGuard | EightBitGuard]:
         settings, device = self.config.optimizer, self.accelerator.device
+        if self.plan.memory.eight_bit:
+            parameters = list(trained.parameters().values())
+            in_8bit = EightBitAdamW(parameters, settings, seed=self.config.train.seed, compiled=self.plan.compiled)
+            return in_8bit, EightBitGuard(in_8bit)
         if trained.host is not None:
             on_host = HostAdamW(trained.host, settings)
             return on_host, HostStepGuard(trained.host, on_host, max_grad_norm=settings.max_grad_norm)
@@ -318,7 +330,8 @@ class Run:
 
     def write_report(self) -> None:
         """Brings `report.html` up to date."""
-        write_report(self.folder, self.config, self.data.train, self.data.validation)
+        eight_bit = self.plan.memory.eight_bit
+        write_report(self.folder, self.config, self.data.train, self.data.validation, eight_bit=eight_bit)
 
     def _averaged_weights(self) -> contextlib.AbstractContextManager[None]:
         return self._ema.swapped_in() if self._ema is not None else contextlib.nullcontext()

@@ -22,6 +22,7 @@ from cogtune.config import RunConfig
 from cogtune.dataset import Batch
 from cogtune.denoiser import Denoiser
 from cogtune.draws import derive_seed
+from cogtune.eight_bit_adamw import EightBitGuard
 from cogtune.ema import Ema
 from cogtune.errors import UserError
 from cogtune.host_training import HostStepGuard
@@ -81,7 +82,7 @@ class Trainer:
         model: torch.nn.Module,
         denoiser: Denoiser,
         optimizer: torch.optim.Optimizer,
-        guard: StepGuard | HostStepGuard,
+        guard: StepGuard | HostStepGuard | EightBitGuard,
         make_loader: Callable[[int], DataLoader[Batch]],
         checkpoints: CheckpointFolder,
         log: MetricsLog,
@@ -247,7 +248,8 @@ class Trainer:
         self._gradients_checked = True
         moments: dict[str, list[torch.Tensor]] = {}
         for name, parameter in self._parameters.items():
-            moment = self._optimizer.state.get(parameter, {}).get("exp_avg")
+            state = self._optimizer.state.get(parameter, {})
+            moment = state.get("exp_avg", state.get("exp_avg_scales"))
             if moment is not None and "transformer_blocks." in name:
                 # By layer: at the start one factor of an adapter is zero, and with it the other one's gradient.
                 layer = name.partition(".lora_")[0].removesuffix(".weight").removesuffix(".bias")

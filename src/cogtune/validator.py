@@ -54,7 +54,8 @@ class Validator:
                 write_requests(folder, self._jobs)
             if step > 0:
                 self._copy_base_videos(folder)
-            write_report(self._folder, self._plan.config, self._data.train, self._data.validation)
+            entries = self._data.train, self._data.validation
+            write_report(self._folder, self._plan.config, *entries, eight_bit=self._plan.memory.eight_bit)
 
     def _evaluate(self, step: int) -> None:
         accelerator = self._accelerator

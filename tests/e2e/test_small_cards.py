@@ -114,3 +114,71 @@ def test_where_the_optimizer_can_not_be_on_the_host(options: Callable[..., list[
     assert outcome.code == 2 and "memory.optimizer=host: it is for full fine-tuning" in outcome.err
     outcome = run_command(SFT, *options("run", memory__optimizer="host", train__ema_decay=0.9))
     assert outcome.code == 2 and "train.ema_decay must be null" in outcome.err
+
+
+def test_full_fine_tuning_with_8_bit_state_says_so_and_resumes_bit_for_bit(
+    options: Callable[..., list[str]], run_command: Any, tmp_path: Path
+) -> None:
+    settings: dict[str, object] = {"optimizer__learning_rate": 1e-3, "memory__mode": "recompute"}
+    settings |= {"model__dtype": "bfloat16", "checkpoint__keep_last": 2}
+    eight = settings | {"memory__optimizer": "8bit", "memory__offloaded_blocks": 1}
+    assert run_command(SFT, *options("device", **settings)).code == 0
+    outcome = run_command(SFT, *options("eight", **eight))
+    assert outcome.code == 0, outcome.err
+    assert "bfloat16 weights and 8-bit optimizer state" in outcome.out
+    assert "stepping inside the backward pass" in outcome.out and "bfloat16 trained weights" in outcome.out
+    for device, small in zip(read_rows(tmp_path / "device"), read_rows(tmp_path / "eight"), strict=True):
+        assert small == pytest.approx(device, rel=0.1)
+    final, last = tmp_path / "eight/final", tmp_path / "eight/checkpoints/step-000004"
+    weights = load_file(final / "transformer/diffusion_pytorch_model.safetensors")
+    saved = load_file(last / "weights.safetensors")
+    assert all(tensor.dtype == torch.bfloat16 for tensor in saved.values())
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in weights.items() if name in saved)
+    state = load_file(last / "optimizer.safetensors")
+    assert {name.rsplit(".", 1)[1] for name, tensor in state.items() if tensor.dtype == torch.uint8} == {
+        "exp_avg_codes",
+        "exp_avg_sq_codes",
+    }
+    assert "8-bit optimizer state" in (tmp_path / "eight/config.yaml").read_text().splitlines()[0]
+    assert "8-bit state" in (tmp_path / "eight/report.html").read_text()
+    assert "AdamW's state 8 bits" in (final / "README.md").read_text()
+
+    last.rename(tmp_path / "straight")
+    outcome = run_command(SFT, *options("eight", **eight))
+    assert outcome.code == 0 and "at step 2" in outcome.out
+    for name in ("weights.safetensors", "optimizer.safetensors"):
+        assert_equal_files(tmp_path / "straight" / name, last / name)
+    outcome = run_command(SFT, *options("eight", **settings))
+    assert outcome.code == 2 and "memory.optimizer: 8bit state -> float32 state" in outcome.err
+
+
+def test_bad_gradients_end_a_run_with_8_bit_state_and_leave_its_weights(
+    options: Callable[..., list[str]], run_command: Any, tmp_path: Path
+) -> None:
+    settings = {"model__dtype": "bfloat16", "memory__optimizer": "8bit", "validation__enabled": "false"}
+    outcome = run_command(SFT, *options("run", optimizer__learning_rate=1e30, schedule__name="constant", **settings))
+    assert outcome.code == 2 and "non-finite loss or gradients" in outcome.err
+    assert "lower optimizer.learning_rate" in outcome.err
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({}, "weights are kept in bfloat16, not float32; set model.dtype=bfloat16"),
+        ({"model__dtype": "bfloat16", "train__ema_decay": 0.9}, "train.ema_decay must be null"),
+        ({"model__dtype": "bfloat16", "train__gradient_accumulation_steps": 2}, "accumulation_steps must be 1"),
+        ({"memory__optimizer": "host", "memory__allow_8bit_optimizer": "true"}, "no effect beside memory.optimizer"),
+    ],
+)
+def test_where_the_state_can_not_be_8_bits(
+    changes: dict[str, object], message: str, options: Callable[..., list[str]], run_command: Any
+) -> None:
+    outcome = run_command(SFT, *options("run", **{"memory__optimizer": "8bit"} | changes))
+    assert outcome.code == 2 and message in outcome.err
+
+
+def test_an_adapter_has_no_8_bit_state(options: Callable[..., list[str]], run_command: Any) -> None:
+    outcome = run_command(LORA, *options("run", memory__optimizer="8bit"))
+    assert outcome.code == 2 and "memory.optimizer=8bit: it is for full fine-tuning" in outcome.err
+    outcome = run_command(LORA, *options("run", memory__allow_8bit_optimizer="true"))
+    assert outcome.code == 2 and "memory.allow_8bit_optimizer=true: it is for full fine-tuning" in outcome.err

@@ -9,12 +9,14 @@ import torch
 
 from cogtune.adapter import count_adapter_parameters
 from cogtune.config import AdapterSettings
+from cogtune.eight_bit_adamw import CHUNK
 from cogtune.memory import (
     ACTIVATIONS_FAST_TO_SLOW,
     ENCODER_UNITS,
     GIB,
     KEPT_UNITS,
     OFFLOADED_AT_ONCE,
+    UPDATE_BYTES,
     WORKSPACE_UNITS,
     MemoryPlan,
     explain_out_of_memory,
@@ -143,3 +145,17 @@ def test_the_image_encoder_is_in_the_plan_of_image_models_only() -> None:
         for pixels in (0, 480 * 720)
     )  # fmt: skip
     assert large.total - large.weights > ENCODER_UNITS * 2 * 480 * 720 * 128 * 4 > small.total
+
+
+def test_8_bit_state_needs_no_float32_weights_and_one_blocks_gradients(tiny_folder: Path) -> None:
+    facts = replace(read_facts(tiny_folder), num_layers=10)
+    sizes = {"num_parameters": 0, "num_trainable": 5120, "tokens": 100, "batch_size": 3, "dtype": torch.bfloat16}
+    float32 = predict(facts, "recompute", **sizes, num_block_parameters=500)
+    plan = predict(facts, "recompute", **sizes, num_block_parameters=500, eight_bit=True)
+    assert float32.weights == 0 and float32.trainable == 5120 * 16
+    assert plan.weights == 5120 * 2
+    assert plan.trainable - CHUNK * UPDATE_BYTES == 2 * (5120 + 5120 // 256 * 4) + 500 * 2
+    assert (plan.kept, plan.workspace, plan.host) == (float32.kept, float32.workspace, 0)
+    assert plan.name() == "recompute, bfloat16 weights and 8-bit optimizer state"
+    text = explain_out_of_memory(plan, torch.OutOfMemoryError("full"))
+    assert "memory.optimizer=host (gives back" in text and "resident_blocks" not in text

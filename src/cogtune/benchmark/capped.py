@@ -23,6 +23,7 @@ from cogtune.benchmark.training import TrainingBench
 from cogtune.checkpoint import CheckpointFolder
 from cogtune.config import MemorySettings
 from cogtune.denoiser import Denoiser
+from cogtune.eight_bit_adamw import EightBitAdamW, EightBitGuard
 from cogtune.encoding import embed_tokens
 from cogtune.execution import configure_blocks
 from cogtune.full import TrainedModel
@@ -62,6 +63,8 @@ class CappedRun:
             torch.cuda.set_per_process_memory_fraction(min(1.0, self.task.cap * 1e9 / total), index)
         self.free_host = free_host_bytes()  # as a plan sees it, before weights are loaded
         self.settings = MemorySettings.model_validate(dict(pair.split("=", 1) for pair in self.task.set))
+        if self.settings.optimizer == "8bit":
+            self.dtype = torch.bfloat16  # the only one it knows
         self.config = self.bench._config.model_copy(update={"memory": self.settings})
 
     def measure(self) -> dict[str, Any]:
@@ -111,6 +114,7 @@ class CappedRun:
                 "",
                 export_dtype=self.dtype,
                 on_host=rung.on_host,
+                in_float32=not rung.eight_bit,
                 device=self.device,
             )
         elif rung.num_resident is None:
@@ -130,7 +134,7 @@ class CappedRun:
         )
         self._clear()
         with tempfile.TemporaryDirectory() as folder:
-            trainer = self._make_trainer(trained, Path(folder), autocast=full and trained.host is None)
+            trainer = self._make_trainer(trained, Path(folder), full=full, eight_bit=rung.eight_bit)
             batches = iter(self.bench._make_loader(Path(folder)))
             warm = self.bench._timed(trainer, batches, self.task.warmup)
             reset_peak(self.device)  # compiling and measuring are over
@@ -147,8 +151,15 @@ class CappedRun:
             **peaks(self.device),
         }
 
-    def _make_trainer(self, trained: TrainedAdapter | TrainedModel, folder: Path, *, autocast: bool) -> Trainer:
-        if trained.host is None:
+    def _make_trainer(
+        self, trained: TrainedAdapter | TrainedModel, folder: Path, *, full: bool, eight_bit: bool
+    ) -> Trainer:
+        if eight_bit:
+            parameters = list(trained.parameters().values())
+            compiled = self.task.compile == "on"
+            optimizer = EightBitAdamW(parameters, self.config.optimizer, seed=0, compiled=compiled)
+            guard = EightBitGuard(optimizer)
+        elif trained.host is None:
             optimizer = make_optimizer(list(trained.parameters().values()), self.config.optimizer)
             guard = StepGuard(self.device, use_loss_scale=self.dtype == torch.float16, max_grad_norm=1.0)
         else:
@@ -165,7 +176,7 @@ class CappedRun:
                 device=self.device,
                 dtype=self.dtype,
                 min_snr_gamma=None,
-                autocast=autocast and self.dtype != torch.float32,
+                autocast=full and trained.host is None and not eight_bit and self.dtype != torch.float32,
             ),
             optimizer=optimizer,
             guard=guard,

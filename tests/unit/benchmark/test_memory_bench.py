@@ -23,6 +23,10 @@ def test_both_jobs_are_measured_and_settings_reach_them(tmp_path: Path) -> None:
     full = results["jobs"]["sft"]["no cap"]
     assert "error" not in full, full
     assert "weights and optimizer on the host" in full["way"] and full["host_gib"] > 0
+    results = memory.run(parse("--caps", "", "--job", "sft", "--set", "optimizer=8bit", *options))
+    small = results["jobs"]["sft"]["no cap"]
+    assert "error" not in small, small
+    assert "bfloat16 weights and 8-bit optimizer state" in small["way"] and small["seconds"] > 0
     options += ["--set", "resident_blocks=0"]
     results = memory.run(parse("--caps", "", "--job", "lora,generate", "--json", str(file), *options))
     assert json.loads(file.read_text()) == results
