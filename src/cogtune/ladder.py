@@ -23,7 +23,7 @@ _OFFLOAD_STRIDE = 3
 # Parts of the best matrix product's rate: what the step's own kernels reach beside it on an H100 (docs/benchmarks.md).
 _LINEAR, _ATTENTION_FORWARD, _ATTENTION_BACKWARD = 0.93, 0.525, 0.535
 _ELEMENTWISE_SHARE = 0.17
-"""Time of everything beside a block's products, in each direction, and what the kernels lose at the card's power limit.
+"""Time of everything beside a block's products, in each direction, and what the kernels lose in a long step.
 Fitted to 2.05 s (keep_all) there; keep_attention then comes out at 2.22 s (measured 2.26), recompute at 2.66 (2.69)."""
 _COPY_SHARE = 0.1
 """Part of a copy's time that isn't hidden even where it runs beside longer work: it takes memory bandwidth. A guess."""
