@@ -202,3 +202,27 @@ def run_process() -> Callable[..., Outcome]:
         return Outcome(done.returncode, done.stdout, done.stderr)
 
     return call
+
+
+@pytest.fixture
+def options(tiny_folder: Path, clips_folder: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Any:
+    """Options of a short run without validation; `options("name", train__seed=3)` changes it. All share one cache."""
+
+    def make(name: str, **changes: object) -> list[str]:
+        values = {
+            "model.path": tiny_folder,
+            "model.device": "cpu",
+            "data.manifest": clips_folder,
+            "data.cache_dir": tmp_path_factory.getbasetemp() / "options-cache",
+            "data.num_workers": 0,
+            "data.validation_clips": 1,
+            "output_dir": tmp_path / name,
+            "schedule.warmup_steps": 0,
+            "train.max_steps": 4,
+            "checkpoint.every_steps": 2,
+            "tracking.log_every_steps": 1,
+            "validation.enabled": "false",
+        } | {key.replace("__", "."): value for key, value in changes.items()}
+        return [f"--{key}={value}" for key, value in values.items()]
+
+    return make

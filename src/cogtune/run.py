@@ -37,7 +37,7 @@ from cogtune.preparation import EncodedData
 from cogtune.report import write_report
 from cogtune.streaming.blocks import stream_blocks
 from cogtune.tracking import MetricsLog
-from cogtune.trainer import Trained, Trainer
+from cogtune.trainer import Guard, Trained, Trainer
 from cogtune.validator import Validator
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -269,9 +269,7 @@ class Run:
             return "always"
         return "samples" if self.accelerator.device.type == "cpu" else "batch"
 
-    def _make_optimizer(
-        self, trained: Trained
-    ) -> tuple[torch.optim.Optimizer, StepGuard | HostStepGuard | EightBitGuard]:
+    def _make_optimizer(self, trained: Trained) -> tuple[torch.optim.Optimizer, Guard]:
         settings, device = self.config.optimizer, self.accelerator.device
         if self.plan.memory.eight_bit:
             parameters = list(trained.parameters().values())

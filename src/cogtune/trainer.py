@@ -31,6 +31,8 @@ from cogtune.optimization import StepGuard, learning_rate_at
 from cogtune.recorded_pass import RecordedPass
 from cogtune.tracking import MetricsLog, Progress
 
+Guard = StepGuard | HostStepGuard | EightBitGuard
+
 
 class Trained(Protocol):
     """What a run trains: the adapter of a transformer, or all of it."""
@@ -82,7 +84,7 @@ class Trainer:
         model: torch.nn.Module,
         denoiser: Denoiser,
         optimizer: torch.optim.Optimizer,
-        guard: StepGuard | HostStepGuard | EightBitGuard,
+        guard: Guard,
         make_loader: Callable[[int], DataLoader[Batch]],
         checkpoints: CheckpointFolder,
         log: MetricsLog,

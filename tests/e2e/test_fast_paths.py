@@ -17,30 +17,6 @@ LORA, SFT = "train/lora.py", "train/sft.py"
 
 
 @pytest.fixture
-def options(tiny_folder: Path, clips_folder: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Any:
-    """Options of a short run; `options("name", train__seed=3)` changes it."""
-
-    def make(name: str, **changes: object) -> list[str]:
-        values = {
-            "model.path": tiny_folder,
-            "model.device": "cpu",
-            "data.manifest": clips_folder,
-            "data.cache_dir": tmp_path_factory.getbasetemp() / "fast-cache",
-            "data.num_workers": 0,
-            "data.validation_clips": 1,
-            "output_dir": tmp_path / name,
-            "schedule.warmup_steps": 0,
-            "train.max_steps": 4,
-            "checkpoint.every_steps": 2,
-            "tracking.log_every_steps": 1,
-            "validation.enabled": "false",
-        } | {key.replace("__", "."): value for key, value in changes.items()}
-        return [f"--{key}={value}" for key, value in values.items()]
-
-    return make
-
-
-@pytest.fixture
 def emulated_float8(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU does the arithmetic of float8 products in float32."""
     monkeypatch.setattr(plan, "check_float8_device", lambda *_arguments, **_options: None)

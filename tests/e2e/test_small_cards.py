@@ -14,28 +14,10 @@ STREAMED = {"memory__mode": "keep_attention", "memory__resident_blocks": 0, "mem
 
 
 @pytest.fixture
-def options(tiny_folder: Path, clips_folder: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Any:
-    """Options of a short run; `options("name", train__seed=3)` changes it."""
-
-    def make(name: str, **changes: object) -> list[str]:
-        values = {
-            "model.path": tiny_folder,
-            "model.device": "cpu",
-            "data.manifest": clips_folder,
-            "data.cache_dir": tmp_path_factory.getbasetemp() / "small-cache",
-            "data.num_workers": 0,
-            "data.validation_clips": 1,
-            "output_dir": tmp_path / name,
-            "schedule.warmup_steps": 0,
-            "train.max_steps": 4,
-            "checkpoint.every_steps": 2,
-            "tracking.log_every_steps": 1,
-            "validation.prompts": "waves",
-            "validation.num_inference_steps": 2,
-        } | {key.replace("__", "."): value for key, value in changes.items()}
-        return [f"--{key}={value}" for key, value in values.items()]
-
-    return make
+def options(options: Any) -> Any:
+    """Options of a short run with one validation video of two steps."""
+    videos = {"validation__enabled": "true", "validation__prompts": "waves", "validation__num_inference_steps": 2}
+    return lambda name, **changes: options(name, **(videos | changes))
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:

@@ -20,9 +20,7 @@ from cogtune.attention_backends import activate, choose_backend, measure_backend
 from cogtune.benchmark.autoencoder import make_random_vae
 from cogtune.benchmark.clock import Marks, synchronize
 from cogtune.benchmark.training import TrainingBench
-from cogtune.checkpoint import CheckpointFolder
 from cogtune.config import MemorySettings
-from cogtune.denoiser import Denoiser
 from cogtune.eight_bit_adamw import EightBitAdamW, EightBitGuard
 from cogtune.encoding import embed_tokens
 from cogtune.execution import configure_blocks
@@ -45,7 +43,6 @@ from cogtune.plan import list_training_rungs
 from cogtune.random_pipeline import ARCHITECTURES, make_random_on_host, make_text_config
 from cogtune.streaming.blocks import DEFAULT_SLOTS, find_stream, stream_blocks
 from cogtune.streaming.host import free_host_bytes
-from cogtune.tracking import MetricsLog
 from cogtune.trainer import Trainer
 
 
@@ -64,8 +61,8 @@ class CappedRun:
         self.free_host = free_host_bytes()  # as a plan sees it, before weights are loaded
         self.settings = MemorySettings.model_validate(dict(pair.split("=", 1) for pair in self.task.set))
         if self.settings.optimizer == "8bit":
-            self.dtype = torch.bfloat16  # the only one it knows
-        self.config = self.bench._config.model_copy(update={"memory": self.settings})
+            self.dtype = self.bench.dtype = torch.bfloat16  # the only one it knows
+        self.config = self.bench.config = self.bench.config.model_copy(update={"memory": self.settings})
 
     def measure(self) -> dict[str, Any]:
         """The job's numbers."""
@@ -135,10 +132,10 @@ class CappedRun:
         self._clear()
         with tempfile.TemporaryDirectory() as folder:
             trainer = self._make_trainer(trained, Path(folder), full=full, eight_bit=rung.eight_bit)
-            batches = iter(self.bench._make_loader(Path(folder)))
-            warm = self.bench._timed(trainer, batches, self.task.warmup)
+            batches = iter(self.bench.make_loader(Path(folder)))
+            warm = self.bench.time_each(trainer, batches, self.task.warmup)
             reset_peak(self.device)  # compiling and measuring are over
-            seconds = self.bench._timed(trainer, batches, self.task.steps)
+            seconds = self.bench.time_each(trainer, batches, self.task.steps)
         return {
             "way": rung.name(),
             "seconds": statistics.median(seconds),
@@ -165,29 +162,8 @@ class CappedRun:
         else:
             optimizer = HostAdamW(trained.host, self.config.optimizer)
             guard = HostStepGuard(trained.host, optimizer, max_grad_norm=1.0)
-        trained.transformer.train()
-        return Trainer(
-            self.bench._accelerator,
-            self.config,
-            trained=trained,
-            model=trained.transformer,
-            denoiser=Denoiser(
-                self.facts,
-                device=self.device,
-                dtype=self.dtype,
-                min_snr_gamma=None,
-                autocast=full and trained.host is None and not eight_bit and self.dtype != torch.float32,
-            ),
-            optimizer=optimizer,
-            guard=guard,
-            make_loader=lambda _step: self.bench._make_loader(folder),
-            checkpoints=CheckpointFolder(folder / "checkpoints", keep_last=1),
-            log=MetricsLog(
-                folder, active=False, first_step=0, report_to="none", project="", wandb_mode="offline", config={}
-            ),
-            validate=lambda _step: None,
-            identity={},
-        )
+        autocast = full and trained.host is None and not eight_bit and self.dtype != torch.float32
+        return self.bench.make_trainer(trained, folder, optimizer=optimizer, guard=guard, autocast=autocast)
 
     def _install_attention(self, transformer: Any) -> None:
         timings = {}

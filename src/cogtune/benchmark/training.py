@@ -38,7 +38,7 @@ from cogtune.models import ModelFacts, choose_device, choose_dtype, count_image_
 from cogtune.optimization import StepGuard, make_optimizer
 from cogtune.random_pipeline import ARCHITECTURES, make_architecture_facts, make_random_transformer
 from cogtune.tracking import MetricsLog
-from cogtune.trainer import Recent, Trainer
+from cogtune.trainer import Guard, Recent, Trained, Trainer
 
 _NUM_CLIPS = 4
 _PROFILED_STEPS = 2
@@ -117,7 +117,7 @@ class TrainingBench:
         self.shape = StepShape.of(self.facts, self.tokens, arguments.batch_size)
         self.ceilings: dict[str, Any] = {}
         self._accelerator = Accelerator(mixed_precision="no", cpu=self.device.type == "cpu")
-        self._config = RunConfig.model_validate(
+        self.config = RunConfig.model_validate(
             {"adapter": {"rank": arguments.rank}, "train": {"max_steps": 1 << 20, "batch_size": arguments.batch_size}}
         )
 
@@ -153,11 +153,18 @@ class TrainingBench:
             for name, row in self.ceilings["attention"].items()
         }
         backend = choose_backend(self.arguments.attention, timings)
-        prepare_transformer(transformer, variant, self._config.adapter, backend)
+        prepare_transformer(transformer, variant, self.config.adapter, backend)
         result: dict[str, Any] = {"build_seconds": time.perf_counter() - started, "attention": backend}
         with tempfile.TemporaryDirectory() as folder:
-            trainer = self._make_trainer(transformer, variant, Path(folder))
-            batches = iter(self._make_loader(Path(folder)))
+            trained = TrainedAdapter(transformer, "")
+            trainer = self.make_trainer(
+                trained,
+                Path(folder),
+                optimizer=make_optimizer(list(trained.parameters().values()), self.config.optimizer),
+                guard=StepGuard(self.device, use_loss_scale=self.dtype == torch.float16, max_grad_norm=1.0),
+                autocast=variant.is_baseline and self.dtype != torch.float32,
+            )
+            batches = iter(self.make_loader(Path(folder)))
             result |= self._time_steps(trainer, batches, started)
             profiled = attempt(  # the times stand without it
                 lambda: profile_steps(lambda: self._step(trainer, batches), _PROFILED_STEPS, self.device)
@@ -182,12 +189,12 @@ class TrainingBench:
         arguments, device = self.arguments, self.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        first = self._timed(trainer, batches, 1)[0]
-        warm = self._timed(trainer, batches, max(1, arguments.warmup - 1))[-1]
+        first = self.time_each(trainer, batches, 1)[0]
+        warm = self.time_each(trainer, batches, max(1, arguments.warmup - 1))[-1]
         left = arguments.time_limit - (time.perf_counter() - started)
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         recent = Recent()
-        seconds = self._timed(trainer, batches, min(arguments.steps, max(2, int(left / warm))), recent)
+        seconds = self.time_each(trainer, batches, min(arguments.steps, max(2, int(left / warm))), recent)
         result: dict[str, Any] = {
             "first_step_seconds": first,
             "step_seconds": statistics.median(seconds),
@@ -203,7 +210,7 @@ class TrainingBench:
             result["peak_reserved_gib"] = torch.cuda.max_memory_reserved(device) / GIB
         return result
 
-    def _timed(
+    def time_each(
         self, trainer: Trainer, batches: Iterator[Batch], num_steps: int, recent: Recent | None = None
     ) -> list[float]:
         """Seconds of each step on the device, which never waits for the host between them."""
@@ -245,38 +252,40 @@ class TrainingBench:
             "floor_seconds": self.ceilings["floor_seconds"]["total"],
         }
 
-    def _make_trainer(self, transformer: Any, variant: Variant, folder: Path) -> Trainer:
-        trained = TrainedAdapter(transformer, "")
+    def make_trainer(
+        self, trained: Trained, folder: Path, *, optimizer: torch.optim.Optimizer, guard: Guard, autocast: bool
+    ) -> Trainer:
+        """The loop around what is trained, without metrics, validation and a run's folder."""
         encoder = None
         if self.facts.takes_image:
             encoder = make_random_image_encoder(self.arguments.model, self.device, self.dtype)
-        transformer.train()
+        trained.transformer.train()
         log = MetricsLog(
             folder, active=False, first_step=0, report_to="none", project="", wandb_mode="offline", config={}
         )
         return Trainer(
             self._accelerator,
-            self._config,
+            self.config,
             trained=trained,
-            model=transformer,
+            model=trained.transformer,
             denoiser=Denoiser(
                 self.facts,
                 device=self.device,
                 dtype=self.dtype,
                 min_snr_gamma=None,
-                autocast=variant.is_baseline and self.dtype != torch.float32,
+                autocast=autocast,
                 image_encoder=encoder,
             ),
-            optimizer=make_optimizer(list(trained.parameters().values()), self._config.optimizer),
-            guard=StepGuard(self.device, use_loss_scale=self.dtype == torch.float16, max_grad_norm=1.0),
-            make_loader=lambda _step: self._make_loader(folder),
+            optimizer=optimizer,
+            guard=guard,
+            make_loader=lambda _step: self.make_loader(folder),
             checkpoints=CheckpointFolder(folder / "checkpoints", keep_last=1),
             log=log,
             validate=lambda _step: None,
             identity={},
         )
 
-    def _make_loader(self, folder: Path) -> Any:
+    def make_loader(self, folder: Path) -> Any:
         """The run's own loader, over a cache of random clips."""
         cache = Cache(folder / "cache")
         frames, channels, rows, columns = self.facts.latent_shape(*self.size)
@@ -303,7 +312,7 @@ class TrainingBench:
         )
         sampler = PositionSampler(
             first_step=0,
-            last_step=self._config.train.max_steps,
+            last_step=self.config.train.max_steps,
             batch_size=self.arguments.batch_size,
             accumulation=1,
             rank=0,

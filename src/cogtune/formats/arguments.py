@@ -2,7 +2,9 @@
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from cogtune.cli import CommandParser
 from cogtune.errors import UserError
@@ -16,6 +18,13 @@ def make_parser(description: str) -> CommandParser:
     return CommandParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+
+
+def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], help_: str) -> Any:
+    """A subcommand's parser; `run` is what carries it out."""
+    command = commands.add_parser(name, help=help_, description=help_, allow_abbrev=False)
+    command.set_defaults(run=run)
+    return command
 
 
 def add_output(parser: argparse.ArgumentParser, what: str) -> None:

@@ -1,13 +1,20 @@
 """`scripts/convert.py`: the same weights in another format."""
 
 import argparse
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cogtune.errors import UserError
 from cogtune.formats import sat_transformer, sat_vae
-from cogtune.formats.arguments import add_output, add_precision, add_shards, check_options, make_parser
+from cogtune.formats.arguments import (
+    add_command,
+    add_output,
+    add_precision,
+    add_shards,
+    check_options,
+    make_parser,
+)
 from cogtune.formats.lora import (
     Adapter,
     check_fits,
@@ -34,11 +41,7 @@ def parse_conversion(description: str, argv: list[str] | None = None) -> argpars
     parser = make_parser(description)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, run: Callable[[argparse.Namespace], None], help_: str) -> Any:
-        command = commands.add_parser(name, help=help_, description=help_, allow_abbrev=False)
-        command.set_defaults(run=run)
-        return command
-
+    add = partial(add_command, commands)
     command = add("from-sat", from_sat, "SAT's files to diffusers")
     command.add_argument("part", choices=["transformer", "vae", "lora"])
     command.add_argument("source", type=Path, help="SAT folder (with 'latest'), or a .pt file")

@@ -1,9 +1,8 @@
 """`scripts/export.py`: adapters merged, extracted, added up, and weights cast."""
 
 import argparse
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from cogtune.errors import UserError
 from cogtune.formats.algebra import add_adapters, compress, extract, merge
@@ -11,6 +10,7 @@ from cogtune.formats.arguments import (
     add_adapters as add_adapter_options,
 )
 from cogtune.formats.arguments import (
+    add_command,
     add_output,
     add_precision,
     add_rank,
@@ -31,11 +31,7 @@ def parse_export(description: str, argv: list[str] | None = None) -> argparse.Na
     parser = make_parser(description)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, run: Callable[[argparse.Namespace], None], help_: str) -> Any:
-        command = commands.add_parser(name, help=help_, description=help_, allow_abbrev=False)
-        command.set_defaults(run=run)
-        return command
-
+    add = partial(add_command, commands)
     command = add("merge", merge_into_base, "a pipeline with adapters added into its weights")
     command.add_argument("base", help="pipeline folder, hub name or short name")
     add_output(command, "pipeline folder to write")

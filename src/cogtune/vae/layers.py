@@ -36,13 +36,8 @@ class Operations:
 def normalization_terms(values: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
     """Factor and summand [B, C, 1, 1, 1], float32, that make a group norm of `values`."""
     rows = values.permute(0, 2, 3, 4, 1).flatten(1, 3).float()  # [B, positions, C]
-    variance, mean = (part.unflatten(1, (norm.num_groups, -1)) for part in torch.var_mean(rows, dim=1, correction=0))
-    centre = mean.mean(-1, keepdim=True)
-    spread = (variance + (mean - centre).square()).mean(-1, keepdim=True)
-    inverse = torch.rsqrt(spread + norm.eps).expand_as(mean).flatten(1)
-    factor = inverse * norm.weight.float()
-    summand = norm.bias.float() - centre.expand_as(mean).flatten(1) * factor
-    return factor[:, :, None, None, None], summand[:, :, None, None, None]
+    variance, mean = torch.var_mean(rows, dim=1, correction=0)
+    return slabs.terms_of_moments(mean, variance, norm)
 
 
 def repeat_pixels(values: Tensor, times: int) -> Tensor:

@@ -4,6 +4,7 @@ A group's normalised copy, its float32 intermediates and the enlarged input of a
 whole; statistics are still a whole group's, so there are no seams. `layers.Layers` calls these where it is told to.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,11 @@ def group_terms(values: Tensor, bias: Tensor | None, norm: nn.GroupNorm) -> tupl
     means, variances = (torch.stack(part) for part in zip(*moments, strict=True))  # [F, B, C]
     mean = means.mean(0)
     variance = (variances + (means - mean).square()).mean(0)
+    return terms_of_moments(mean, variance, norm)
+
+
+def terms_of_moments(mean: Tensor, variance: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+    """Factor and summand [B, C, 1, 1, 1], float32, of a group norm, from the moments [B, C] of its input's channels."""
     mean, variance = (part.unflatten(1, (norm.num_groups, -1)) for part in (mean, variance))
     centre = mean.mean(-1, keepdim=True)
     spread = (variance + (mean - centre).square()).mean(-1, keepdim=True)
@@ -76,24 +82,21 @@ def add(hidden: Tensor, bias: Tensor, values: Tensor) -> Tensor:
 
 def upsample_frames(values: Tensor, convolution: nn.Conv2d) -> Tensor:
     """Each frame enlarged to twice its height and width and convolved."""
-    output: Tensor | None = None
-    for number in range(values.shape[2]):
-        one = slice(number, number + 1)
-        result = convolution(_enlarge(values[:, :, number], 2))[:, :, None]
-        output = _empty_like(result, values.shape[2]) if output is None else output
-        output[:, :, one] = result
-    assert output is not None
-    return output
+    return _each_frame(values, lambda frame: convolution(_enlarge(frame, 2)))
 
 
 def downsample_frames(values: Tensor, convolution: nn.Conv2d) -> Tensor:
     """Each frame padded at the right and below, and convolved."""
+    return _each_frame(values, lambda frame: convolution(F.pad(frame, (0, 1, 0, 1))))
+
+
+def _each_frame(values: Tensor, work: Callable[[Tensor], Tensor]) -> Tensor:
+    """`work` on one frame [B, C, H, W] after the other."""
     output: Tensor | None = None
     for number in range(values.shape[2]):
-        one = slice(number, number + 1)
-        result = convolution(F.pad(values[:, :, number], (0, 1, 0, 1)))[:, :, None]
+        result = work(values[:, :, number])[:, :, None]
         output = _empty_like(result, values.shape[2]) if output is None else output
-        output[:, :, one] = result
+        output[:, :, number : number + 1] = result
     assert output is not None
     return output
 
