@@ -21,6 +21,7 @@ from cogtune.errors import UserError, run_command
 from cogtune.generation import explain_out_of_memory, generate, load_adapters, load_pipeline, place_pipeline
 from cogtune.generation_options import check_files, describe_inputs, make_requests, output_path, parse_generation
 from cogtune.joint_blocks import find_step_cache
+from cogtune.machine import avoid_fragments
 from cogtune.models import choose_device, choose_dtype, find_folder, read_facts
 from cogtune.video import write_video
 from cogtune.video_request import check_request
@@ -31,6 +32,7 @@ def main() -> None:
     options = parse_generation(__doc__ or "")
     check_files(options)
     device = choose_device(options.device)
+    avoid_fragments(device)
     facts = read_facts(find_folder(options.model))
     requests = make_requests(options, facts)
     for request in requests:

@@ -17,7 +17,7 @@ from cogtune.frozen import Float8Base, quantize_block
 from cogtune.joint_blocks import join_blocks
 from cogtune.memory import free_device_bytes
 from cogtune.models import ModelFacts
-from cogtune.placement import RELEASED_PIXELS, fits_whole, make_coder, whole_decode_bytes
+from cogtune.placement import RELEASED_PIXELS, fits_whole, make_coder, stock_decode_bytes
 from cogtune.step_cache import CacheSettings, StepCache
 from cogtune.vae.frame_coder import FrameCoder
 
@@ -55,7 +55,7 @@ def decide_tiling(wanted: Switch, device: torch.device, offload: Offload, *, pix
     free = free_device_bytes(device)
     if wanted != "auto" or free is None:
         return wanted == "on"
-    return offload in ("model", "sequential") and free < whole_decode_bytes(pixels)
+    return offload in ("model", "sequential") and free < stock_decode_bytes(pixels)
 
 
 def merge_adapters(pipeline: Any) -> None:

@@ -25,7 +25,7 @@ _LINEAR, _ATTENTION_FORWARD, _ATTENTION_BACKWARD = 0.93, 0.525, 0.535
 _ELEMENTWISE_SHARE = 0.17
 """Time of everything beside a block's products, in each direction, and what the kernels lose in a long step.
 Fitted to 2.05 s (keep_all) there; keep_attention then comes out at 2.22 s (measured 2.26), recompute at 2.66 (2.69)."""
-_COPY_SHARE = 0.1
+_COPY_SHARE = 0.02
 """Part of a copy's time that isn't hidden even where it runs beside longer work: it takes memory bandwidth. A guess."""
 _UPDATE_TRAFFIC = 18.0
 """Host memory read and written by an update, in bytes a byte of the weights' copy: three float32 tensors read and

@@ -1,5 +1,6 @@
 """How fast a device computes and how fast the host's memory reaches it: what decides between rungs of memory."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,18 @@ class Machine:
 
 NOMINAL = Machine(flops=820e12, link=50e9)
 """What an H100 on PCIe 5 measured: a plan without a GPU assumes it."""
+
+
+def avoid_fragments(device: torch.device) -> None:
+    """Lets PyTorch's allocator enlarge what it has instead of taking pieces of fixed sizes, which near the limit leave
+    a GiB and more unused and make it give memory back in the middle of steps. Settings of the user's stay.
+
+    Call it before anything is on the device.
+    """
+    own = any("PYTORCH" in name and name.endswith("ALLOC_CONF") for name in os.environ)
+    if device.type == "cuda" and not own:
+        newer = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+        (newer or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
 
 
 def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:

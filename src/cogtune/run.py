@@ -30,6 +30,7 @@ from cogtune.execution import allow_shapes, configure_blocks
 from cogtune.frozen import quantize_base, quantize_block
 from cogtune.host_training import HostAdamW, HostStepGuard
 from cogtune.image_encoder import load_image_encoder
+from cogtune.machine import avoid_fragments
 from cogtune.memory import explain_out_of_memory
 from cogtune.optimization import StepGuard, make_optimizer
 from cogtune.plan import TrainingPlan
@@ -113,6 +114,7 @@ def _refuse_differences(folder: Path, differences: list[str]) -> None:
 def start_accelerator(plan: DataPlan) -> Accelerator:
     """The process group and device. Precision is ours: no autocast, so training computes what inference computes."""
     _follow_the_launcher()
+    avoid_fragments(plan.device)
     return Accelerator(
         mixed_precision="no",
         cpu=plan.device.type == "cpu",

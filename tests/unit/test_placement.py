@@ -144,7 +144,7 @@ def test_released_sizes_under_their_caps() -> None:
     """Counted, in the precision of a GPU: what of 5B and of T5-XXL stays under each cap (GB), two halves at once."""
     five, text = 42 * 132_000_000 * 2, 24 * 193_000_000 * 2
     workspace = placement.sampling_workspace(17776, 3072, torch.bfloat16)
-    assert 1.9 * GIB < workspace < 2.2 * GIB
+    assert 2.4 * GIB < workspace < 2.7 * GIB
     for cap in (5, 6, 8, 12, 16, 24):
         left = cap * 1e9 * MARGIN - workspace - 0.43e9 - 0.05e9  # autoencoder, layers outside of the blocks
         assert left > DEFAULT_SLOTS * five / 42, cap

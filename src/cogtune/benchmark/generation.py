@@ -48,6 +48,7 @@ from cogtune.encoding import embed
 from cogtune.errors import UserError
 from cogtune.generation import Pipeline, decode_latents, generate_latents, make_pipeline
 from cogtune.joint_blocks import join_blocks, part_blocks
+from cogtune.machine import avoid_fragments
 from cogtune.models import ModelFacts, choose_device, choose_dtype
 from cogtune.random_pipeline import ARCHITECTURES, make_architecture_facts, make_random_transformer
 from cogtune.step_cache import CacheSettings, StepCache
@@ -157,6 +158,7 @@ class SamplingBench:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.device = choose_device(arguments.device)
+        avoid_fragments(self.device)
         self.pipeline, self.facts = self._load(arguments.model)
         self.pipeline.set_progress_bar_config(disable=True)
         self.vae: AutoencoderKLCogVideoX = self.pipeline.vae

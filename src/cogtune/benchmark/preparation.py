@@ -26,6 +26,7 @@ from cogtune.benchmark.clock import attempt, peak_memory, report, reset_peak
 from cogtune.cache import Cache
 from cogtune.decoding import default_workers
 from cogtune.encoding import CacheKeys, EncodingTimes, Share, encode_captions, encode_clips
+from cogtune.machine import avoid_fragments
 from cogtune.manifest import Clip, ClipFormat, read_manifest
 from cogtune.models import choose_device, choose_dtype
 from cogtune.random_pipeline import ARCHITECTURES, make_architecture_facts, make_text_config, make_tokenizer
@@ -87,6 +88,7 @@ class PreparationBench:
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
         self.arguments, self.folder = arguments, folder
         self.device = choose_device(arguments.device)
+        avoid_fragments(self.device)
         self.facts = replace(make_architecture_facts(arguments.model), folder=folder / "model")
         self.dtype = choose_dtype("auto", self.facts, self.device)
         self.vae = make_random_vae(arguments.model, self.device, self.dtype)

@@ -32,6 +32,7 @@ from cogtune.dataset import Batch, Entry, PositionSampler, TrainingSet, make_loa
 from cogtune.decoding import default_workers
 from cogtune.denoiser import Denoiser
 from cogtune.frozen import count_float8_parameters
+from cogtune.machine import avoid_fragments
 from cogtune.manifest import Clip
 from cogtune.memory import GIB, predict
 from cogtune.models import ModelFacts, choose_device, choose_dtype, count_image_encoder
@@ -106,6 +107,7 @@ class TrainingBench:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.device = choose_device(arguments.device)
+        avoid_fragments(self.device)
         self.facts: ModelFacts = make_architecture_facts(arguments.model)
         self.dtype = choose_dtype("auto", self.facts, self.device)
         self.size = (

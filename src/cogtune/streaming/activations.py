@@ -78,12 +78,14 @@ class ActivationOffload:
         on_gpu = device.type == "cuda"
         self._leaving = torch.cuda.Stream(device) if on_gpu else None
         self._arriving = torch.cuda.Stream(device) if on_gpu else None
-        self._last: int | None = None
+        self._held: list[int] = []
+        """Blocks whose tensors are still on the device, oldest first: their copies may be under way."""
 
     @contextlib.contextmanager
     def keeping(self, index: int, hidden_states: Tensor) -> Iterator[None]:
         """What autograd saves inside, of at least half the size of the block's input, goes to the host."""
-        self._let_go()
+        # The last block's copies have just been queued: they run beside this block, which must not wait for them.
+        self._let_go(all_but=1)
         state = self._states.get(index)
         if state is None:
             yield
@@ -105,18 +107,18 @@ class ActivationOffload:
         if self._leaving is not None and state.ranges:
             state.left = torch.cuda.Event()
             state.left.record(self._leaving)
-        self._last = index
+        self._held.append(index)
 
     def fetch(self, index: int) -> None:
         """Starts bringing back what a block kept, if anything; queued work that frees memory comes first."""
         state = self._states.get(index)
         if state is None or all(part.back is not None for part in state.ranges.values()):
             return
-        if index == self._last:  # its copies have just begun: what is still there serves, and nothing reads the copies
+        if index in self._held:  # its copies have just begun: what is still there serves, and nothing reads the copies
             for part in state.ranges.values():
                 assert part.source is not None
                 part.back, part.source = _bytes_of(part.source), None
-            self._last = None
+            self._held.remove(index)
             return
         self._let_go()
         if self._arriving is not None:
@@ -163,15 +165,17 @@ class ActivationOffload:
             state.ranges[address] = _Range(buffer, tensor.detach())
         return _Kept(state.ranges[address], tensor.size(), tensor.stride(), tensor.dtype)
 
-    def _let_go(self) -> None:
-        """Lets the device memory of the last block's tensors go, after their copies."""
-        if self._last is None:
-            return
-        state, self._last = self._states[self._last], None
-        if state.left is not None:
-            torch.cuda.current_stream(self.device).wait_event(state.left)
-        for part in state.ranges.values():
-            part.source = None
+    def _let_go(self, *, all_but: int = 0) -> None:
+        """Lets device memory of blocks go whose copies are done, and of the older ones, after their copies."""
+        while self._held:
+            state = self._states[self._held[0]]
+            if state.left is not None and not state.left.query():
+                if len(self._held) <= all_but:
+                    return
+                torch.cuda.current_stream(self.device).wait_event(state.left)
+            for part in state.ranges.values():
+                part.source = None
+            del self._held[0]
 
     def _receive(self, index: int, kept: _Kept) -> Tensor:
         state = self._states[index]

@@ -30,7 +30,7 @@ class Operations:
     add: Callable[[Tensor, Tensor, Tensor], Tensor]
     convolve: Callable[[Tensor, nn.Conv3d], Tensor]
     in_slabs: bool = False
-    """Frame by frame, with a fraction of the memory; the other fields then serve the first layer and shortcuts."""
+    """Frame by frame, with a fraction of the memory; of the other fields `add` serves then."""
 
 
 def normalization_terms(values: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
@@ -127,13 +127,27 @@ class Layers:
     def convolve(self, values: Tensor, convolution: Any) -> Tensor:
         """A causal convolution of plain values."""
         kept = self._next_kept()
+        if self._operations.in_slabs:
+            output, last = slabs.convolve(values, convolution.conv.bias, kept, convolution.conv)
+            self.kept.append(last)
+            return output
         before = values[:, :, :1].expand(-1, -1, 2, -1, -1) if kept is None else kept
         return self._finish(torch.cat([before, values], dim=2), convolution) + _bias(convolution.conv)
 
     def activate_and_convolve(
-        self, values: Tensor, bias: Tensor | None, norm: Any, latents: Tensor | None, convolution: Any
+        self,
+        values: Tensor,
+        bias: Tensor | None,
+        norm: Any,
+        latents: Tensor | None,
+        convolution: Any,
+        *,
+        in_place: bool = False,
     ) -> Tensor:
-        """Norm (spatial where there are latents) of `values + bias`, SiLU, causal convolution without its bias."""
+        """Norm (spatial where there are latents) of `values + bias`, SiLU, causal convolution without its bias.
+
+        `in_place`: nobody needs `values` any more, and the output has their shape.
+        """
         modulation = None
         if latents is not None:
             scale, shift = (repeat_frames(layer.conv(latents), values.shape[2]) for layer in (norm.conv_y, norm.conv_b))
@@ -141,7 +155,7 @@ class Layers:
             norm = norm.norm_layer
         if self._operations.in_slabs:
             output, kept = slabs.activate_and_convolve(
-                values, bias, norm, modulation, self._next_kept(), convolution.conv
+                values, bias, norm, modulation, self._next_kept(), convolution.conv, in_place=in_place
             )
             self.kept.append(kept)
             return output
@@ -154,15 +168,19 @@ class Layers:
     def resnet(self, values: Tensor, block: Any, latents: Tensor | None) -> Tensor:
         """Two convolutions beside the unchanged values, or beside a 1x1 convolution of them."""
         hidden = self.activate_and_convolve(values, None, block.norm1, latents, block.conv1)
-        hidden = self.activate_and_convolve(hidden, block.conv1.conv.bias, block.norm2, latents, block.conv2)
+        hidden = self.activate_and_convolve(
+            hidden, block.conv1.conv.bias, block.norm2, latents, block.conv2, in_place=True
+        )
         bias = block.conv2.conv.bias
+        if block.in_channels != block.out_channels and self._operations.in_slabs:
+            return slabs.add_shortcut(hidden, bias + block.conv_shortcut.bias, values, block.conv_shortcut)
         if block.in_channels != block.out_channels:
             values, bias = self._operations.convolve(values, block.conv_shortcut), bias + block.conv_shortcut.bias
         return self._operations.add(hidden, bias, values)
 
     def finish(self, values: Tensor, norm: Any, latents: Tensor | None, convolution: Any) -> Tensor:
         """The last layer of an encoder or a decoder."""
-        return self.activate_and_convolve(values, None, norm, latents, convolution) + _bias(convolution.conv)
+        return self.activate_and_convolve(values, None, norm, latents, convolution).add_(_bias(convolution.conv))
 
 
 def _bias(convolution: nn.Conv3d) -> Tensor:

@@ -1,5 +1,7 @@
 """What a backward pass reads comes back from the host as it was."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -78,3 +80,31 @@ def test_fetching_ahead_changes_nothing() -> None:
 )
 def test_density(tensor: torch.Tensor, dense: bool) -> None:
     assert is_dense(tensor) is dense
+
+
+class Copies:
+    """Stands in for the event behind a block's copies."""
+
+    def __init__(self, *, done: bool) -> None:
+        self.done = done
+
+    def query(self) -> bool:
+        return self.done
+
+
+def test_a_block_never_waits_for_the_copies_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run beside it. Older ones must be done by then; copies that are done are let go without waiting."""
+    offload = ActivationOffload(4, 4, torch.device("cpu"), [])
+    waited: list[Copies] = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: SimpleNamespace(wait_event=waited.append))
+    copies = [Copies(done=False) for _ in range(3)]
+    for index, left in enumerate(copies):
+        with offload.keeping(index, torch.zeros(1, 2, 2)):
+            pass
+        offload._states[index].left = left  # type: ignore[assignment]
+        assert waited == copies[: max(0, index - 1)]
+    for left in copies:
+        left.done = True
+    with offload.keeping(3, torch.zeros(1, 2, 2)):
+        pass
+    assert waited == copies[:1] and offload._held == [3]
