@@ -32,12 +32,14 @@ from cogtune.host_training import HostAdamW, HostStepGuard
 from cogtune.image_encoder import load_image_encoder
 from cogtune.memory import explain_out_of_memory
 from cogtune.optimization import StepGuard, make_optimizer
+from cogtune.parallel.engine import Guard, make_replicated_engine
 from cogtune.plan import TrainingPlan
 from cogtune.preparation import EncodedData
 from cogtune.report import write_report
+from cogtune.saving import DeviceStore, Store, WholeSaver
 from cogtune.streaming.blocks import stream_blocks
 from cogtune.tracking import MetricsLog
-from cogtune.trainer import Guard, Trained, Trainer
+from cogtune.trainer import Trained, Trainer
 from cogtune.validator import Validator
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -134,6 +136,7 @@ class Run:
             "optimizer_state": "8bit" if plan.memory.eight_bit else "float32",
         }
         self._ema: Ema | None = None
+        self._store: Store | None = None
         self.checkpoints = CheckpointFolder(self.folder / "checkpoints", keep_last=self.config.checkpoint.keep_last)
 
     def open_folder(self) -> Checkpoint | None:
@@ -219,6 +222,10 @@ class Run:
             else None,
         )
         optimizer, guard = self._make_optimizer(trained)
+        store = self._store = DeviceStore(
+            trained.parameters(), optimizer, host=trained.host, is_main=accelerator.is_main_process
+        )
+        engine = make_replicated_engine(accelerator, model, optimizer, guard, store)
         first_step = checkpoint.step if checkpoint else 0
         tracking = config.tracking
         with MetricsLog(
@@ -245,12 +252,10 @@ class Run:
                 accelerator,
                 config,
                 trained=trained,
-                model=model,
+                engine=engine,
                 denoiser=denoiser,
-                optimizer=optimizer,
-                guard=guard,
                 make_loader=self._make_loader,
-                checkpoints=self.checkpoints,
+                saver=WholeSaver(accelerator, self.checkpoints, trained, store, self._ema),
                 log=log,
                 validate=validate,
                 identity=self.identity,
@@ -314,12 +319,15 @@ class Run:
 
     def finish(self, trained: Trained) -> None:
         """Writes `final/` and the report on the main process."""
+        assert self._store is not None, "a run is trained before it is finished"
+        final, partial = self.folder / "final", self.folder / ".partial-final"
+        with self._averaged_weights():
+            weights = self._store.read_weights()
+            if self.accelerator.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                trained.export(partial, weights)
         if self.accelerator.is_main_process:
-            final, partial = self.folder / "final", self.folder / ".partial-final"
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            with self._averaged_weights():
-                trained.export(partial)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             self.write_report()

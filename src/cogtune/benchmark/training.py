@@ -36,9 +36,11 @@ from cogtune.manifest import Clip
 from cogtune.memory import GIB, predict
 from cogtune.models import ModelFacts, choose_device, choose_dtype, count_image_encoder
 from cogtune.optimization import StepGuard, make_optimizer
+from cogtune.parallel.engine import Guard, make_replicated_engine
 from cogtune.random_pipeline import ARCHITECTURES, make_architecture_facts, make_random_transformer
+from cogtune.saving import DeviceStore, WholeSaver
 from cogtune.tracking import MetricsLog
-from cogtune.trainer import Guard, Recent, Trained, Trainer
+from cogtune.trainer import Recent, Trained, Trainer
 
 _NUM_CLIPS = 4
 _PROFILED_STEPS = 2
@@ -263,11 +265,13 @@ class TrainingBench:
         log = MetricsLog(
             folder, active=False, first_step=0, report_to="none", project="", wandb_mode="offline", config={}
         )
+        store = DeviceStore(trained.parameters(), optimizer, host=trained.host)
+        checkpoints = CheckpointFolder(folder / "checkpoints", keep_last=1)
         return Trainer(
             self._accelerator,
             self.config,
             trained=trained,
-            model=trained.transformer,
+            engine=make_replicated_engine(self._accelerator, trained.transformer, optimizer, guard, store),
             denoiser=Denoiser(
                 self.facts,
                 device=self.device,
@@ -276,10 +280,8 @@ class TrainingBench:
                 autocast=autocast,
                 image_encoder=encoder,
             ),
-            optimizer=optimizer,
-            guard=guard,
             make_loader=lambda _step: self.make_loader(folder),
-            checkpoints=CheckpointFolder(folder / "checkpoints", keep_last=1),
+            saver=WholeSaver(self._accelerator, checkpoints, trained, store, None),
             log=log,
             validate=lambda _step: None,
             identity={},
