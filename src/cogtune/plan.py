@@ -29,6 +29,7 @@ from cogtune.memory import (
 )
 from cogtune.models import ModelFacts
 from cogtune.optimizer_ways import check_optimizer, list_optimizer_ways
+from cogtune.parallel.strategy import Strategy, read_strategy
 from cogtune.streaming.host import free_host_bytes
 
 
@@ -37,6 +38,7 @@ class TrainingPlan(DataPlan):
     """A whole training run."""
 
     world_size: int
+    strategy: Strategy
     num_parameters: int
     num_trainable: int
     tokens: int
@@ -82,6 +84,7 @@ class TrainingPlan(DataPlan):
             "tokens": f"{self.tokens:,} a sample" + (" at most" if len(self.formats) > 1 else ""),
             "batch": f"{config.train.batch_size} x {config.train.gradient_accumulation_steps} accumulated x "
             f"{self.world_size} process(es) = {self.global_batch} samples a step",
+            "strategy": self.strategy.describe(),
             "steps": f"{config.train.max_steps:,} = {samples:,} samples = {samples / epoch:.1f} epochs",
             "memory": f"{self.memory.describe()}; free: {free}",
             "compiled": "each block" if self.compiled else "no",
@@ -199,6 +202,7 @@ def _add_training(data: DataPlan, num_parameters: int, num_trainable: int, num_f
     config = data.config
     refuse_missing_files([*data.train_clips, *data.validation_clips], config)
     _check_cuda_graph(data)
+    strategy = read_strategy(os.environ)
     check_optimizer(config, data.dtype, full=num_parameters == 0)
     check_backend(
         config.train.attention,
@@ -229,7 +233,8 @@ def _add_training(data: DataPlan, num_parameters: int, num_trainable: int, num_f
     compiled = {"on": True, "off": False, "auto": data.device.type == "cuda"}[config.train.compile]
     return TrainingPlan(
         **vars(data),
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        world_size=strategy.num_processes,
+        strategy=strategy,
         num_parameters=num_parameters,
         num_trainable=num_trainable,
         tokens=tokens,
@@ -240,7 +245,9 @@ def _add_training(data: DataPlan, num_parameters: int, num_trainable: int, num_f
         free_host=free_host,
         compiled=compiled,
         num_float8=num_float8,
-        autocast=num_parameters == 0 and data.dtype != torch.float32 and not (memory.on_host or memory.eight_bit),
+        autocast=num_parameters == 0
+        and data.dtype != torch.float32
+        and not (memory.on_host or memory.eight_bit or strategy.is_fsdp or strategy.is_deepspeed),
     )
 
 

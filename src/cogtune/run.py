@@ -23,21 +23,16 @@ from cogtune.data_plan import DataPlan
 from cogtune.dataset import Batch, PositionSampler, TrainingSet, make_loader
 from cogtune.denoiser import Denoiser
 from cogtune.draws import derive_seed
-from cogtune.eight_bit_adamw import EightBitAdamW, EightBitGuard
 from cogtune.ema import Ema
 from cogtune.errors import UserError
 from cogtune.execution import allow_shapes, configure_blocks
-from cogtune.frozen import quantize_base, quantize_block
-from cogtune.host_training import HostAdamW, HostStepGuard
 from cogtune.image_encoder import load_image_encoder
 from cogtune.memory import explain_out_of_memory
-from cogtune.optimization import StepGuard, make_optimizer
-from cogtune.parallel.engine import Guard, make_replicated_engine
+from cogtune.parallel.assembly import divide_transformer, make_engine, place_transformer
 from cogtune.plan import TrainingPlan
 from cogtune.preparation import EncodedData
 from cogtune.report import write_report
-from cogtune.saving import DeviceStore, Store, WholeSaver
-from cogtune.streaming.blocks import stream_blocks
+from cogtune.saving import Store, WholeSaver
 from cogtune.tracking import MetricsLog
 from cogtune.trainer import Trained, Trainer
 from cogtune.validator import Validator
@@ -189,15 +184,9 @@ class Run:
         torch.backends.cuda.matmul.allow_tf32 = config.memory.allow_tf32
         set_seed(config.train.seed)
         transformer, memory = trained.transformer, plan.memory
-        if memory.num_resident is None and trained.host is None:
-            transformer.to(accelerator.device)
+        place_transformer(plan, trained, accelerator.device)
         backend = self._choose_attention(transformer)
-        if memory.num_resident is not None and trained.host is None:
-            prepare = quantize_block if plan.num_float8 else None
-            where = accelerator.device
-            stream_blocks(transformer, "transformer_blocks", where, num_resident=memory.num_resident, prepare=prepare)
-        elif plan.num_float8:
-            quantize_base(transformer)
+        mesh = divide_transformer(plan, trained, accelerator.device)
         self._note_ways(backend)
         configure_blocks(
             transformer,
@@ -206,9 +195,11 @@ class Run:
             has_dropout=config.adapter.dropout > 0,
             num_offloaded=memory.num_offloaded,
             gradients=None if trained.host is None else trained.host.gradients,
+            hooked=plan.strategy.shards_weights,
         )
         allow_shapes(len({clip.form for clip in [*plan.train_clips, *plan.validation_clips]}))
-        model = accelerator.prepare_model(transformer)
+        engine = make_engine(accelerator, plan, trained, mesh)
+        self._store = engine.store
         denoiser = Denoiser(
             plan.facts,
             device=accelerator.device,
@@ -221,11 +212,6 @@ class Run:
             if plan.facts.takes_image
             else None,
         )
-        optimizer, guard = self._make_optimizer(trained)
-        store = self._store = DeviceStore(
-            trained.parameters(), optimizer, host=trained.host, is_main=accelerator.is_main_process
-        )
-        engine = make_replicated_engine(accelerator, model, optimizer, guard, store)
         first_step = checkpoint.step if checkpoint else 0
         tracking = config.tracking
         with MetricsLog(
@@ -255,7 +241,7 @@ class Run:
                 engine=engine,
                 denoiser=denoiser,
                 make_loader=self._make_loader,
-                saver=WholeSaver(accelerator, self.checkpoints, trained, store, self._ema),
+                saver=WholeSaver(accelerator, self.checkpoints, trained, engine.store, self._ema),
                 log=log,
                 validate=validate,
                 identity=self.identity,
@@ -270,22 +256,9 @@ class Run:
         return finished
 
     def _when_to_ask_base(self) -> Literal["samples", "batch", "always"]:
-        if self.config.train.cuda_graph:
-            return "always"
+        if self.config.train.cuda_graph or self.plan.strategy.shards_weights:
+            return "always"  # with divided weights, whenever any process asks
         return "samples" if self.accelerator.device.type == "cpu" else "batch"
-
-    def _make_optimizer(self, trained: Trained) -> tuple[torch.optim.Optimizer, Guard]:
-        settings, device = self.config.optimizer, self.accelerator.device
-        if self.plan.memory.eight_bit:
-            parameters = list(trained.parameters().values())
-            in_8bit = EightBitAdamW(parameters, settings, seed=self.config.train.seed, compiled=self.plan.compiled)
-            return in_8bit, EightBitGuard(in_8bit)
-        if trained.host is not None:
-            on_host = HostAdamW(trained.host, settings)
-            return on_host, HostStepGuard(trained.host, on_host, max_grad_norm=settings.max_grad_norm)
-        use_scale = self.plan.dtype == torch.float16
-        guard = StepGuard(device, use_loss_scale=use_scale, max_grad_norm=settings.max_grad_norm)
-        return make_optimizer(list(trained.parameters().values()), settings), guard
 
     def _choose_attention(self, transformer: Any) -> Backend:
         """Measures the attention kernels for this run's shape and takes one."""
@@ -302,7 +275,7 @@ class Run:
             )
         backend = choose_backend(config.train.attention, timings)
         activate(backend)
-        install_attention(transformer, backend)
+        install_attention(transformer, backend, fuse=not plan.strategy.shards_weights)
         measured = ", ".join(f"{name} {1e3 * timing.total:.1f} ms" for name, timing in timings.items())
         self.accelerator.print(f"attention   {backend}" + (f" (a layer's step: {measured})" if measured else ""))
         return backend

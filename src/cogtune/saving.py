@@ -51,8 +51,12 @@ class Store(Protocol):
         """The optimizer's state; nothing before the first step."""
         ...
 
+    def largest_moments(self) -> dict[str, Tensor]:
+        """The largest entry of each parameter's first moment, where it has one."""
+        ...
+
     def write_weights(self, weights: Tensors) -> None:
-        """Puts weights back; names and shapes are checked."""
+        """Puts weights back, whose names and shapes are right."""
         ...
 
     def write_optimizer(self, state: Tensors) -> None:
@@ -100,6 +104,16 @@ class DeviceStore:
             for name, parameter in self._parameters.items()
             for key, value in self._optimizer.state.get(parameter, {}).items()
         }
+
+    def largest_moments(self) -> dict[str, Tensor]:
+        """`Store.largest_moments`; of 8-bit state, the scales'."""
+        found = {}
+        for name, parameter in self._parameters.items():
+            state = self._optimizer.state.get(parameter, {})
+            moment = state.get("exp_avg", state.get("exp_avg_scales"))
+            if moment is not None:
+                found[name] = moment.abs().max()
+        return found
 
     @torch.no_grad()
     def write_weights(self, weights: Tensors) -> None:

@@ -232,17 +232,15 @@ class Trainer:
             return
         self._gradients_checked = True
         moments: dict[str, list[torch.Tensor]] = {}
-        for name, parameter in self._parameters.items():
-            state = self._optimizer.state.get(parameter, {})
-            moment = state.get("exp_avg", state.get("exp_avg_scales"))
-            if moment is not None and "transformer_blocks." in name:
+        for name, largest in self._engine.store.largest_moments().items():
+            if "transformer_blocks." in name:
                 # By layer: at the start one factor of an adapter is zero, and with it the other one's gradient.
                 layer = name.partition(".lora_")[0].removesuffix(".weight").removesuffix(".bias")
-                moments.setdefault(layer, []).append(moment.abs().max())
+                moments.setdefault(layer, []).append(largest)
         if not moments:
             return
-        largest = torch.stack([torch.stack(values).max() for values in moments.values()]).tolist()
-        missing = [layer for layer, value in zip(moments, largest, strict=True) if not value]
+        by_layer = torch.stack([torch.stack(values).max() for values in moments.values()]).tolist()
+        missing = [layer for layer, value in zip(moments, by_layer, strict=True) if not value]
         if missing:
             raise UserError(
                 f"no gradient reached {len(missing)} of {len(moments)} trained layers, such as {missing[0]}: PyTorch "
