@@ -265,6 +265,10 @@ class TrainedAdapter:
         """The adapter's parameters by name."""
         return adapter_parameters(self.transformer)
 
+    def initial(self) -> Tensors:
+        """Copies of the weights as they are now, whole, on the host."""
+        return hold("the adapter", {name: p.detach().cpu().clone() for name, p in self.parameters().items()})
+
     def save(self, folder: Path, weights: Mapping[str, torch.Tensor], *, trained: bool) -> None:
         """Adapter file and model card."""
         state = {self._keys[name]: tensor for name, tensor in weights.items()}

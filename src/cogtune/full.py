@@ -50,6 +50,10 @@ class TrainedModel:
         """Every parameter by name."""
         return dict(self.transformer.named_parameters()) if self.host is None else dict(self.host.parameters)
 
+    def initial(self) -> Tensors:
+        """The weights of the base model's files, in their precision."""
+        return open_safetensors(self._facts.folder / "transformer")
+
     def save(self, folder: Path, weights: Mapping[str, torch.Tensor], *, trained: bool) -> None:
         """The weights, for resuming."""
         del trained  # there is no empty model to guard against

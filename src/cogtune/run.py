@@ -29,6 +29,7 @@ from cogtune.execution import allow_shapes, configure_blocks
 from cogtune.image_encoder import load_image_encoder
 from cogtune.memory import explain_out_of_memory
 from cogtune.parallel.assembly import divide_transformer, make_engine, place_transformer
+from cogtune.parallel.strategy import settings_of_our_own
 from cogtune.plan import TrainingPlan
 from cogtune.preparation import EncodedData
 from cogtune.report import write_report
@@ -110,11 +111,12 @@ def _refuse_differences(folder: Path, differences: list[str]) -> None:
 def start_accelerator(plan: DataPlan) -> Accelerator:
     """The process group and device. Precision is ours: no autocast, so training computes what inference computes."""
     _follow_the_launcher()
-    return Accelerator(
-        mixed_precision="no",
-        cpu=plan.device.type == "cpu",
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
-    )
+    with settings_of_our_own():
+        return Accelerator(
+            mixed_precision="no",
+            cpu=plan.device.type == "cpu",
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+        )
 
 
 class Run:

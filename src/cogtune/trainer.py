@@ -24,6 +24,7 @@ from cogtune.denoiser import Denoiser
 from cogtune.draws import derive_seed
 from cogtune.ema import Ema
 from cogtune.errors import UserError
+from cogtune.formats.tensors import Tensors
 from cogtune.memory import GIB
 from cogtune.optimization import learning_rate_at
 from cogtune.parallel.engine import Engine
@@ -36,6 +37,10 @@ class Trained(Saved, Protocol):
     """What a run trains: the adapter of a transformer, or all of it."""
 
     transformer: Any
+
+    def initial(self) -> Tensors:
+        """The trained weights before the first step, read one by one."""
+        ...
 
     @property
     def base(self) -> Callable[[], contextlib.AbstractContextManager[None]] | None:

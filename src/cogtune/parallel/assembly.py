@@ -10,6 +10,7 @@ from cogtune.eight_bit_adamw import EightBitAdamW, EightBitGuard
 from cogtune.frozen import quantize_base, quantize_block
 from cogtune.host_training import HostAdamW, HostStepGuard
 from cogtune.optimization import StepGuard, make_optimizer
+from cogtune.parallel.deepspeed_engine import make_deepspeed_engine
 from cogtune.parallel.engine import Engine, Guard, make_replicated_engine
 from cogtune.parallel.fully_sharded import (
     ShardedStepGuard,
@@ -54,6 +55,16 @@ def make_engine(accelerator: Accelerator, plan: TrainingPlan, trained: Any, mesh
         sharded = ShardedStepGuard(device, mesh, use_loss_scale=use_scale, max_grad_norm=settings.max_grad_norm)
         store = ShardedStore(parameters, optimizer, is_main=is_main)
         return make_sharded_engine(accelerator, trained.transformer, optimizer, sharded, store)
+    if plan.strategy.is_deepspeed:
+        return make_deepspeed_engine(
+            accelerator,
+            trained.transformer,
+            parameters,
+            config=plan.config,
+            strategy=plan.strategy,
+            dtype=plan.dtype,
+            initial=trained.initial(),
+        )
     model = accelerator.prepare_model(trained.transformer)
     if plan.memory.eight_bit:
         optimizer = EightBitAdamW(

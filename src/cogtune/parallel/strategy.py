@@ -4,7 +4,9 @@
 hand, and without any of them several processes are DDP.
 """
 
-from collections.abc import Mapping
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,6 +79,28 @@ def read_strategy(environment: Mapping[str, str]) -> Strategy:
             "configs/accelerate/hsdp.yaml, or remove it"
         )
     return Strategy("single" if num_processes == 1 else "ddp", num_processes)
+
+
+@contextlib.contextmanager
+def settings_of_our_own() -> Iterator[None]:
+    """Inside, accelerate doesn't see what is done here: the mesh of copies and parts, accumulation and clipping.
+
+    It would refuse the first on a CPU, and do the others once more. Under ZeRO-3 it would also divide every model that
+    transformers loads, such as the text encoder.
+    """
+    names = (
+        "ACCELERATE_USE_PARALLELISM_CONFIG",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+        "ACCELERATE_GRADIENT_CLIPPING",
+        "ACCELERATE_DEEPSPEED_ZERO3_INIT",
+    )
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = "false"
+    try:
+        yield
+    finally:
+        del os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"]
+        os.environ.update(hidden)
 
 
 def _is_true(environment: Mapping[str, str], name: str) -> bool:
