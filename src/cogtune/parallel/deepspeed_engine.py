@@ -132,7 +132,9 @@ class DeepSpeedGuard:
 class DeepSpeedStore:
     """A `saving.Store` of what DeepSpeed has divided: its float32 weights, not the copies that compute."""
 
-    def __init__(self, engine: Any, parameters: dict[str, nn.Parameter], device: torch.device, *, is_main: bool) -> None:
+    def __init__(
+        self, engine: Any, parameters: dict[str, nn.Parameter], device: torch.device, *, is_main: bool
+    ) -> None:
         self._engine, self._parameters, self._device, self._is_main = engine, parameters, device, is_main
         self._zero = engine.optimizer
         self._in_parts = engine.zero_optimization_stage() == 3
@@ -182,15 +184,13 @@ class DeepSpeedStore:
 
         if not all(self._zero.optimizer.state.get(flat) for flat in self._flats()):
             return {}
-        return {
-            name: safe_get_full_optimizer_state(p, "exp_avg").abs().max() for name, p in self._parameters.items()
-        }
+        return {name: safe_get_full_optimizer_state(p, "exp_avg").abs().max() for name, p in self._parameters.items()}
 
     @torch.no_grad()
     def write_weights(self, weights: Tensors) -> None:
         """`Store.write_weights`: the float32 ones, and the copies that compute."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
         for name, parameter in self._parameters.items():
             value = weights.read(name).to(self._device)
@@ -249,7 +249,7 @@ def make_deepspeed_engine(
     dtype: torch.dtype,
     initial: Tensors,
 ) -> Engine:
-    """The loop's engine around DeepSpeed's; `initial` are the trained weights before DeepSpeed rounds them to `dtype`."""
+    """The loop's engine around DeepSpeed's; `initial` are the trained weights, which DeepSpeed rounds to `dtype`."""
     import deepspeed
     from deepspeed.utils import set_z3_leaf_modules
 

@@ -7,6 +7,7 @@ process, and their gradients are averaged in one go after the last pass of a ste
 """
 
 import contextlib
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -58,6 +59,10 @@ def shard_transformer(
             child.to(device)
     # The root too gives its weights back: what is put into the parts between two passes is then seen by the next one.
     fully_shard(transformer, reshard_after_forward=True, **options)
+    if strategy.offload_weights:
+        transformer._hf_hook = SimpleNamespace(
+            execution_device=device
+        )  # pipelines look here: the weights are elsewhere
     for module in transformer.modules():
         # Otherwise the compiler leaves out its checks on these modules, such as whether the adapter is on.
         module._is_fsdp_managed_module = False
