@@ -50,7 +50,7 @@ class TrainedModel:
         """Every parameter by name."""
         return dict(self.transformer.named_parameters()) if self.host is None else dict(self.host.parameters)
 
-    def initial(self) -> Tensors:
+    def initial(self) -> Tensors | None:
         """The weights of the base model's files, in their precision."""
         return open_safetensors(self._facts.folder / "transformer")
 

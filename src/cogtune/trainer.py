@@ -38,8 +38,8 @@ class Trained(Saved, Protocol):
 
     transformer: Any
 
-    def initial(self) -> Tensors:
-        """The trained weights before the first step, read one by one."""
+    def initial(self) -> Tensors | None:
+        """The trained weights before the first step, read one by one; None: they are nowhere more exact than here."""
         ...
 
     @property

@@ -247,7 +247,7 @@ def make_deepspeed_engine(
     config: RunConfig,
     strategy: Strategy,
     dtype: torch.dtype,
-    initial: Tensors,
+    initial: Tensors | None,
 ) -> Engine:
     """The loop's engine around DeepSpeed's; `initial` are the trained weights, which DeepSpeed rounds to `dtype`."""
     import deepspeed
@@ -261,7 +261,8 @@ def make_deepspeed_engine(
         model=transformer, optimizer=optimizer, config=make_settings(config, strategy, dtype)
     )
     store = DeepSpeedStore(engine, parameters, accelerator.device, is_main=accelerator.is_main_process)
-    store.write_weights(initial)
+    if initial is not None:
+        store.write_weights(initial)
     steps = DeepSpeedSteps(engine, accelerator.device, use_loss_scale=dtype == torch.float16)
 
     @contextlib.contextmanager
