@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 
 from cogtune.config import AdapterSettings
 from cogtune.errors import UserError, nearest
+from cogtune.formats.tensors import Tensors, hold
 from cogtune.frozen import apply_updated, is_frozen
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
@@ -207,13 +208,19 @@ def adapter_state(transformer: CogVideoXTransformer3DModel) -> dict[str, torch.T
     return get_peft_model_state_dict(transformer, adapter_name=ADAPTER_NAME)  # pyright: ignore[reportArgumentType]
 
 
-def save_adapter(transformer: CogVideoXTransformer3DModel, folder: Path, *, trained: bool) -> None:
-    """Writes `pytorch_lora_weights.safetensors` with metadata into the folder.
+def save_adapter(
+    transformer: CogVideoXTransformer3DModel,
+    folder: Path,
+    *,
+    trained: bool,
+    state: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Writes `pytorch_lora_weights.safetensors` with metadata into the folder; `state` where that was gathered already.
 
     Raises `RuntimeError` for an empty adapter, or one whose B is all zero although steps were trained: such files come
     out of sharded models that were not gathered, and load without a complaint.
     """
-    state = adapter_state(transformer)
+    state = adapter_state(transformer) if state is None else state
     ups = [tensor for key, tensor in state.items() if "lora_B" in key]
     if not ups or any(tensor.numel() == 0 for tensor in state.values()):
         raise RuntimeError("the adapter's tensors are empty; they were not gathered before saving")
@@ -227,15 +234,14 @@ def save_adapter(transformer: CogVideoXTransformer3DModel, folder: Path, *, trai
     )
 
 
-def load_adapter_state(transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
-    """Puts saved weights into an adapter that `add_lora` made (for resuming); strict about keys and shapes."""
+def _read_same_adapter(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """A checkpoint's adapter under PEFT's keys, which must have these shapes."""
     saved = read_adapter_file(folder)[0]
     state = {key.removeprefix("transformer."): tensor for key, tensor in saved.items()}
-    own = adapter_state(transformer)
-    wrong = sorted(set(own) ^ set(state)) or [k for k in own if own[k].shape != state[k].shape]
+    wrong = sorted(set(shapes) ^ set(state)) or [k for k in shapes if shapes[k] != tuple(state[k].shape)]
     if wrong:
         raise UserError(f"{folder}: the saved adapter differs from the config's at {wrong[0]} ({len(wrong)} tensors)")
-    set_peft_model_state_dict(transformer, state, adapter_name=ADAPTER_NAME)  # pyright: ignore[reportArgumentType]
+    return state
 
 
 class TrainedAdapter:
@@ -245,6 +251,11 @@ class TrainedAdapter:
 
     def __init__(self, transformer: CogVideoXTransformer3DModel, model_card: str) -> None:
         self.transformer, self._card = transformer, model_card
+        own = adapter_parameters(transformer)
+        found = get_peft_model_state_dict(transformer, dict(own), ADAPTER_NAME)
+        keys = {id(parameter): key for key, parameter in found.items()}
+        self._keys = {name: keys[id(parameter)] for name, parameter in own.items()}  # PEFT's, by parameter
+        self._shapes = {keys[id(p)]: tuple(p.shape) for p in own.values()}  # before any is sharded
 
     def base(self) -> contextlib.AbstractContextManager[None]:
         """The transformer is the base model inside."""
@@ -254,18 +265,24 @@ class TrainedAdapter:
         """The adapter's parameters by name."""
         return adapter_parameters(self.transformer)
 
-    def save(self, folder: Path, *, trained: bool) -> None:
+    def initial(self) -> Tensors:
+        """Copies of the weights as they are now, whole, on the host."""
+        return hold("the adapter", {name: p.detach().cpu().clone() for name, p in self.parameters().items()})
+
+    def save(self, folder: Path, weights: Mapping[str, torch.Tensor], *, trained: bool) -> None:
         """Adapter file and model card."""
-        save_adapter(self.transformer, folder, trained=trained)
+        state = {self._keys[name]: tensor for name, tensor in weights.items()}
+        save_adapter(self.transformer, folder, trained=trained, state=state)
         (folder / "README.md").write_text(self._card, encoding="utf-8")
 
-    def load(self, folder: Path) -> None:
-        """The adapter's weights from a checkpoint."""
-        load_adapter_state(self.transformer, folder)
+    def read(self, folder: Path) -> Tensors:
+        """The adapter's weights of a checkpoint, by parameter."""
+        state = _read_same_adapter(folder, self._shapes)
+        return hold(str(folder), {name: state[key] for name, key in self._keys.items()})
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
         """The final weights: what every checkpoint holds."""
-        self.save(folder, trained=True)
+        self.save(folder, weights, trained=True)
 
 
 def find_adapter_file(path: Path) -> Path:

@@ -102,10 +102,13 @@ def project(attn: Attention, x: torch.Tensor) -> list[torch.Tensor]:
     return list(y.split(size, dim=-1))
 
 
-def install_attention(transformer: CogVideoXTransformer3DModel, backend: Backend) -> None:
-    """Gives every block our processor and fuses the projections of frozen blocks; call it on the final device."""
+def install_attention(transformer: CogVideoXTransformer3DModel, backend: Backend, *, fuse: bool = True) -> None:
+    """Gives every block our processor and fuses the projections of frozen blocks; call it on the final device.
+
+    Not `fuse`: q, k and v stay three products, as weights that are divided among processes must.
+    """
     transformer.set_attn_processor(FusedAttention(backend))  # pyright: ignore[reportArgumentType]
-    for block in transformer.transformer_blocks:
+    for block in transformer.transformer_blocks if fuse else ():
         fuse_projections(block.attn1)  # pyright: ignore[reportArgumentType]
 
 

@@ -12,15 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from cogtune.cache import digest_bytes
 from cogtune.errors import UserError
 
 MANIFEST = "manifest.json"
-OPTIMIZER = "optimizer.safetensors"
 _PARTIAL = ".partial-"
 
 
@@ -131,30 +128,6 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def save_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Parameter], folder: Path) -> None:
-    """The optimizer's state tensors as safetensors, named by parameter."""
-    tensors = {
-        f"{name}.{key}": value.detach().cpu().contiguous()
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-    save_file(tensors, folder / OPTIMIZER)
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Parameter], folder: Path) -> None:
-    """Puts saved state tensors back, on each parameter's device; raises `UserError` where names differ."""
-    tensors = load_file(folder / OPTIMIZER)
-    by_parameter: dict[str, dict[str, torch.Tensor]] = {name: {} for name in parameters}
-    for name, tensor in tensors.items():
-        owner, key = name.rsplit(".", 1)
-        if owner not in by_parameter:
-            raise UserError(f"{folder}: optimizer state of {owner}, which this config doesn't train")
-        by_parameter[owner][key] = tensor
-    for name, parameter in parameters.items():
-        if by_parameter[name]:
-            optimizer.state[parameter] = {key: t.to(parameter.device) for key, t in by_parameter[name].items()}
 
 
 def find_differences(saved: dict[str, Any], current: dict[str, Any], free: frozenset[str]) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
+from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from cogtune.streaming.activations import ActivationOffload
@@ -57,12 +58,17 @@ def configure_blocks(
     compiler: str = "inductor",
     num_offloaded: int = 0,
     gradients: GradientStream | None = None,
+    hooked: bool = False,
 ) -> None:
     """Sets up checkpointing and compilation of every block, in place; streamed weights are streamed in both passes.
 
     What `num_offloaded` of the blocks keep for the backward pass waits in host memory. `gradients` takes each trained
-    block's away when they are there.
+    block's away when they are there. `hooked`: the blocks have hooks that gather their weights (`parallel`).
     """
+    if hooked:
+        assert not num_offloaded and gradients is None and find_stream(transformer) is None
+        _configure_hooked(transformer, activations, compiled=compiled, has_dropout=has_dropout, compiler=compiler)
+        return
     run_block = _make_runner(activations, has_dropout=has_dropout)
     if compiled:
         # The checkpoint lies inside the compiled region: only there can attention outputs be kept apart.
@@ -89,6 +95,33 @@ def configure_blocks(
     transformer.enable_gradient_checkpointing(run)
 
 
+def _configure_hooked(
+    transformer: CogVideoXTransformer3DModel,
+    activations: Activations,
+    *,
+    compiled: bool,
+    has_dropout: bool,
+    compiler: str,
+) -> None:
+    """The same for blocks whose calls have hooks: what is compiled and recomputed lies inside of them."""
+    run_block = _make_runner(activations, has_dropout=has_dropout, call=CogVideoXBlock.forward)
+    sample_block: Callable[..., Any] = CogVideoXBlock.forward
+    if compiled:
+        run_block = torch.compile(run_block, dynamic=False, fullgraph=True, backend=compiler)
+        sample_block = torch.compile(sample_block, dynamic=False, backend=compiler)
+
+    def forward(block: torch.nn.Module, *inputs: Any, **named: Any) -> Any:
+        return (run_block if torch.is_grad_enabled() else sample_block)(block, *inputs, **named)
+
+    for block in transformer.transformer_blocks:
+        block.forward = partial(forward, block)
+
+    def run(block: torch.nn.Module, hidden_states: torch.Tensor, text: torch.Tensor, *rest: Any) -> Any:
+        return block(_like_an_output(hidden_states), _like_an_output(text), *rest)
+
+    transformer.enable_gradient_checkpointing(run)
+
+
 def allow_shapes(num_shapes: int) -> None:
     """Lets the compiler make graphs for this many clip shapes, for training, evaluation and sampling each."""
     config = torch._dynamo.config
@@ -104,14 +137,20 @@ def _like_an_output(x: torch.Tensor) -> torch.Tensor:
     return x if x.requires_grad else x.detach().requires_grad_()
 
 
-def _make_runner(activations: Activations, *, has_dropout: bool) -> Callable[..., Any]:
+def _call(block: torch.nn.Module, *inputs: Any) -> Any:
+    return block(*inputs)
+
+
+def _make_runner(
+    activations: Activations, *, has_dropout: bool, call: Callable[..., Any] = _call
+) -> Callable[..., Any]:
     if activations == "keep_all":
-        return lambda block, *inputs: block(*inputs)
+        return lambda block, *inputs: call(block, *inputs)
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": has_dropout}
     if activations in _KEPT_OPS:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_policy, _KEPT_OPS[activations]))
 
     def run_block(block: torch.nn.Module, *inputs: Any) -> Any:
-        return checkpoint(block, *inputs, **options)
+        return checkpoint(lambda *own: call(block, *own), *inputs, **options)
 
     return run_block

@@ -6,13 +6,15 @@ optimizer state there are none: the weights themselves are bfloat16 (`eight_bit_
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from cogtune.errors import UserError
+from cogtune.formats.tensors import Tensors, open_safetensors
 from cogtune.host_training import HostWeights
 from cogtune.models import COMPONENTS, ModelFacts, make_meta_transformer
 
@@ -37,6 +39,7 @@ class TrainedModel:
         not `in_float32`: the weights themselves are bfloat16."""
         transformer = transformer.float() if in_float32 else transformer.bfloat16()
         self.transformer = transformer.requires_grad_(True)
+        self._shapes = {name: tuple(p.shape) for name, p in transformer.named_parameters()}  # before any is sharded
         self._facts, self._card = facts, model_card
         self._export_dtype = export_dtype
         self.host = HostWeights(transformer, export_dtype, device or torch.device("cpu")) if on_host else None
@@ -47,25 +50,25 @@ class TrainedModel:
         """Every parameter by name."""
         return dict(self.transformer.named_parameters()) if self.host is None else dict(self.host.parameters)
 
-    def save(self, folder: Path, *, trained: bool) -> None:
+    def initial(self) -> Tensors | None:
+        """The weights of the base model's files, in their precision."""
+        return open_safetensors(self._facts.folder / "transformer")
+
+    def save(self, folder: Path, weights: Mapping[str, torch.Tensor], *, trained: bool) -> None:
         """The weights, for resuming."""
         del trained  # there is no empty model to guard against
-        state = {name: p.detach().cpu().contiguous() for name, p in self.parameters().items()}
-        save_file(state, folder / WEIGHTS_NAME)
+        save_file(dict(weights), folder / WEIGHTS_NAME)
 
-    def load(self, folder: Path) -> None:
-        """The weights from a checkpoint; strict about names and shapes."""
-        saved, own = load_file(folder / WEIGHTS_NAME), self.parameters()
-        wrong = sorted(set(own) ^ set(saved)) or [name for name in own if own[name].shape != saved[name].shape]
+    def read(self, folder: Path) -> Tensors:
+        """The weights of a checkpoint; strict about names and shapes."""
+        saved = open_safetensors(folder / WEIGHTS_NAME)
+        own, found = self._shapes, {name: spec.shape for name, spec in saved.specs.items()}
+        wrong = sorted(set(own) ^ set(found)) or [name for name in own if own[name] != found[name]]
         if wrong:
             raise UserError(f"{folder}: the saved weights differ from the model's at {wrong[0]} ({len(wrong)} tensors)")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(saved[name])
-        if self.host is not None:
-            self.host.publish_all()
+        return saved
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
         """A pipeline folder that stock diffusers loads: the trained transformer in the run's precision, the base
         model's other components (hard-linked where the file system allows), and a model card."""
         for name in [*COMPONENTS, "model_index.json"]:
@@ -73,8 +76,8 @@ class TrainedModel:
                 link_tree(self._facts.folder / name, folder / name)
         # A copy without memory of its own takes the cast weights: the model being trained stays as it is.
         copy = make_meta_transformer(self._facts)
-        weights = self.transformer.state_dict() | {name: p.detach() for name, p in self.parameters().items()}
         state = {name: tensor.to(self._export_dtype) for name, tensor in weights.items()}
+        state |= {name: tensor for name, tensor in self.transformer.state_dict().items() if name not in state}
         copy.load_state_dict(state, assign=True)
         copy.save_pretrained(folder / "transformer")
         (folder / "README.md").write_text(self._card, encoding="utf-8")

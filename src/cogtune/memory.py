@@ -12,6 +12,8 @@ from cogtune.eight_bit import BLOCK
 from cogtune.eight_bit_adamw import CHUNK
 from cogtune.execution import Activations
 from cogtune.models import ModelFacts
+from cogtune.parallel.footprint import Sizes, count_footprint
+from cogtune.parallel.strategy import Strategy
 from cogtune.streaming.blocks import DEFAULT_SLOTS
 
 GIB = 1 << 30
@@ -140,6 +142,7 @@ def predict(
     num_offloaded: int = 0,
     on_host: bool = False,
     eight_bit: bool = False,
+    strategy: Strategy | None = None,
 ) -> MemoryPlan:
     """The plan for a transformer of `num_parameters` frozen and `num_trainable` trained ones.
 
@@ -170,6 +173,10 @@ def predict(
         weights = num_trainable * size
         gradients = num_block_parameters * size
         trainable = int(num_trainable * EIGHT_BIT_STATE_BYTES) + gradients + CHUNK * UPDATE_BYTES
+    if strategy is not None and (strategy.is_fsdp or strategy.is_deepspeed):
+        sizes = Sizes(num_parameters, num_trainable, num_block_parameters, facts.num_layers)
+        divided = count_footprint(strategy, sizes, size)
+        weights, trainable, host = divided.weights, divided.trained, divided.host
     kept = int(at_once * kept_by_block)
     encoding = int(ENCODER_UNITS * batch_size * image_pixels * ENCODER_CHANNELS * size) if num_encoder else 0
     return MemoryPlan(

@@ -59,8 +59,8 @@ class StepGuard:
     @torch.no_grad()
     def apply(self, optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
         """Prepares the gradients for the step; returns their norm before clipping, float32 on the device."""
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients) / self.scale
+        gradients = self.collect(parameters)
+        norm = self.measure(parameters, gradients) / self.scale
         good = norm.isfinite()
         factor = 1.0 / self.scale
         if self._max_norm is not None:
@@ -83,6 +83,15 @@ class StepGuard:
         optimizer.found_inf = skip.reshape(())  # pyright: ignore[reportAttributeAccessIssue]
         optimizer.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
         return norm
+
+    def collect(self, parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+        """The gradients to work on."""
+        return [p.grad for p in parameters if p.grad is not None]
+
+    def measure(self, parameters: list[torch.nn.Parameter], gradients: list[torch.Tensor]) -> torch.Tensor:
+        """Their norm, still scaled."""
+        del parameters
+        return torch.nn.utils.get_total_norm(gradients)
 
     def has_failed(self) -> bool:
         """Whether the run must stop; waits for the device."""

@@ -29,6 +29,8 @@ from cogtune.memory import (
 )
 from cogtune.models import ModelFacts
 from cogtune.optimizer_ways import check_optimizer, list_optimizer_ways
+from cogtune.parallel.compatibility import check_strategy
+from cogtune.parallel.strategy import Strategy, read_strategy
 from cogtune.streaming.host import free_host_bytes
 
 
@@ -37,6 +39,7 @@ class TrainingPlan(DataPlan):
     """A whole training run."""
 
     world_size: int
+    strategy: Strategy
     num_parameters: int
     num_trainable: int
     tokens: int
@@ -82,6 +85,7 @@ class TrainingPlan(DataPlan):
             "tokens": f"{self.tokens:,} a sample" + (" at most" if len(self.formats) > 1 else ""),
             "batch": f"{config.train.batch_size} x {config.train.gradient_accumulation_steps} accumulated x "
             f"{self.world_size} process(es) = {self.global_batch} samples a step",
+            "strategy": self.strategy.describe(),
             "steps": f"{config.train.max_steps:,} = {samples:,} samples = {samples / epoch:.1f} epochs",
             "memory": f"{self.memory.describe()}; free: {free}",
             "compiled": "each block" if self.compiled else "no",
@@ -199,6 +203,8 @@ def _add_training(data: DataPlan, num_parameters: int, num_trainable: int, num_f
     config = data.config
     refuse_missing_files([*data.train_clips, *data.validation_clips], config)
     _check_cuda_graph(data)
+    strategy = read_strategy(os.environ)
+    check_strategy(config, strategy, data.dtype, full=num_parameters == 0)
     check_optimizer(config, data.dtype, full=num_parameters == 0)
     check_backend(
         config.train.attention,
@@ -224,12 +230,14 @@ def _add_training(data: DataPlan, num_parameters: int, num_trainable: int, num_f
         num_trainable=num_trainable,
         num_float8=num_float8,
         image_pixels=max(form.height * form.width for form in data.formats),
+        strategy=strategy,
     )
     memory = choose_rung(rungs, config.memory, free, free_host)
     compiled = {"on": True, "off": False, "auto": data.device.type == "cuda"}[config.train.compile]
     return TrainingPlan(
         **vars(data),
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        world_size=strategy.num_processes,
+        strategy=strategy,
         num_parameters=num_parameters,
         num_trainable=num_trainable,
         tokens=tokens,
@@ -240,7 +248,9 @@ def _add_training(data: DataPlan, num_parameters: int, num_trainable: int, num_f
         free_host=free_host,
         compiled=compiled,
         num_float8=num_float8,
-        autocast=num_parameters == 0 and data.dtype != torch.float32 and not (memory.on_host or memory.eight_bit),
+        autocast=num_parameters == 0
+        and data.dtype != torch.float32
+        and not (memory.on_host or memory.eight_bit or strategy.is_fsdp or strategy.is_deepspeed),
     )
 
 
@@ -256,11 +266,13 @@ def list_training_rungs(
     num_trainable: int,
     num_float8: int = 0,
     image_pixels: int = 0,
+    strategy: Strategy = Strategy(),  # noqa: B008  # immutable
 ) -> list[MemoryPlan]:
     """The ladder of a run; raises `UserError` for streaming where nothing can be streamed."""
     settings, batch_size = config.memory, config.train.batch_size
     frozen = bool(num_parameters)
-    streamable = frozen and not config.train.cuda_graph
+    divided = strategy.is_fsdp or strategy.is_deepspeed
+    streamable = frozen and not config.train.cuda_graph and not divided
     asked = settings.resident_blocks != "auto" and settings.resident_blocks < facts.num_layers
     if asked and not streamable:
         why = "train.cuda_graph records addresses" if frozen else "full fine-tuning (train/sft.py) freezes no weight"
@@ -271,7 +283,7 @@ def list_training_rungs(
         raise UserError(
             f"memory.offloaded_blocks={settings.offloaded_blocks}: can't go with train.cuda_graph; remove one of them"
         )
-    if config.train.cuda_graph:
+    if config.train.cuda_graph or divided:
         settings = settings.model_copy(update={"offloaded_blocks": 0})
     block = models.make_meta_transformer(facts).transformer_blocks[0]
     num_block = sum(p.numel() for p in block.parameters())
@@ -301,7 +313,8 @@ def list_training_rungs(
         num_encoder=models.count_image_encoder(facts),
         image_pixels=image_pixels,
         num_block_parameters=num_block,
+        strategy=strategy,
     )
     shape = {"num_layers": facts.num_layers, "free_bytes": free_bytes, "streamable": streamable}
-    ways = [{}] if frozen else list_optimizer_ways(config, dtype, free_bytes)
+    ways = [{}] if frozen or divided else list_optimizer_ways(config, dtype, free_bytes)
     return sort_rungs([rung for way in ways for rung in list_rungs(partial(count, **way), time_of, settings, **shape)])

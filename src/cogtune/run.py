@@ -23,22 +23,20 @@ from cogtune.data_plan import DataPlan
 from cogtune.dataset import Batch, PositionSampler, TrainingSet, make_loader
 from cogtune.denoiser import Denoiser
 from cogtune.draws import derive_seed
-from cogtune.eight_bit_adamw import EightBitAdamW, EightBitGuard
 from cogtune.ema import Ema
 from cogtune.errors import UserError
 from cogtune.execution import allow_shapes, configure_blocks
-from cogtune.frozen import quantize_base, quantize_block
-from cogtune.host_training import HostAdamW, HostStepGuard
 from cogtune.image_encoder import load_image_encoder
 from cogtune.machine import avoid_fragments
 from cogtune.memory import explain_out_of_memory
-from cogtune.optimization import StepGuard, make_optimizer
+from cogtune.parallel.assembly import divide_transformer, make_engine, place_transformer
+from cogtune.parallel.strategy import settings_of_our_own
 from cogtune.plan import TrainingPlan
 from cogtune.preparation import EncodedData
 from cogtune.report import write_report
-from cogtune.streaming.blocks import stream_blocks
+from cogtune.saving import Store, WholeSaver
 from cogtune.tracking import MetricsLog
-from cogtune.trainer import Guard, Trained, Trainer
+from cogtune.trainer import Trained, Trainer
 from cogtune.validator import Validator
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -115,11 +113,12 @@ def start_accelerator(plan: DataPlan) -> Accelerator:
     """The process group and device. Precision is ours: no autocast, so training computes what inference computes."""
     _follow_the_launcher()
     avoid_fragments(plan.device)
-    return Accelerator(
-        mixed_precision="no",
-        cpu=plan.device.type == "cpu",
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
-    )
+    with settings_of_our_own():
+        return Accelerator(
+            mixed_precision="no",
+            cpu=plan.device.type == "cpu",
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+        )
 
 
 class Run:
@@ -136,6 +135,7 @@ class Run:
             "optimizer_state": "8bit" if plan.memory.eight_bit else "float32",
         }
         self._ema: Ema | None = None
+        self._store: Store | None = None
         self.checkpoints = CheckpointFolder(self.folder / "checkpoints", keep_last=self.config.checkpoint.keep_last)
 
     def open_folder(self) -> Checkpoint | None:
@@ -188,15 +188,9 @@ class Run:
         torch.backends.cuda.matmul.allow_tf32 = config.memory.allow_tf32
         set_seed(config.train.seed)
         transformer, memory = trained.transformer, plan.memory
-        if memory.num_resident is None and trained.host is None:
-            transformer.to(accelerator.device)
+        place_transformer(plan, trained, accelerator.device)
         backend = self._choose_attention(transformer)
-        if memory.num_resident is not None and trained.host is None:
-            prepare = quantize_block if plan.num_float8 else None
-            where = accelerator.device
-            stream_blocks(transformer, "transformer_blocks", where, num_resident=memory.num_resident, prepare=prepare)
-        elif plan.num_float8:
-            quantize_base(transformer)
+        mesh = divide_transformer(plan, trained, accelerator.device)
         self._note_ways(backend)
         configure_blocks(
             transformer,
@@ -205,9 +199,11 @@ class Run:
             has_dropout=config.adapter.dropout > 0,
             num_offloaded=memory.num_offloaded,
             gradients=None if trained.host is None else trained.host.gradients,
+            hooked=plan.strategy.shards_weights,
         )
         allow_shapes(len({clip.form for clip in [*plan.train_clips, *plan.validation_clips]}))
-        model = accelerator.prepare_model(transformer)
+        engine = make_engine(accelerator, plan, trained, mesh)
+        self._store = engine.store
         denoiser = Denoiser(
             plan.facts,
             device=accelerator.device,
@@ -220,7 +216,6 @@ class Run:
             if plan.facts.takes_image
             else None,
         )
-        optimizer, guard = self._make_optimizer(trained)
         first_step = checkpoint.step if checkpoint else 0
         tracking = config.tracking
         with MetricsLog(
@@ -247,12 +242,10 @@ class Run:
                 accelerator,
                 config,
                 trained=trained,
-                model=model,
+                engine=engine,
                 denoiser=denoiser,
-                optimizer=optimizer,
-                guard=guard,
                 make_loader=self._make_loader,
-                checkpoints=self.checkpoints,
+                saver=WholeSaver(accelerator, self.checkpoints, trained, engine.store, self._ema),
                 log=log,
                 validate=validate,
                 identity=self.identity,
@@ -267,22 +260,9 @@ class Run:
         return finished
 
     def _when_to_ask_base(self) -> Literal["samples", "batch", "always"]:
-        if self.config.train.cuda_graph:
-            return "always"
+        if self.config.train.cuda_graph or self.plan.strategy.shards_weights:
+            return "always"  # with divided weights, whenever any process asks
         return "samples" if self.accelerator.device.type == "cpu" else "batch"
-
-    def _make_optimizer(self, trained: Trained) -> tuple[torch.optim.Optimizer, Guard]:
-        settings, device = self.config.optimizer, self.accelerator.device
-        if self.plan.memory.eight_bit:
-            parameters = list(trained.parameters().values())
-            in_8bit = EightBitAdamW(parameters, settings, seed=self.config.train.seed, compiled=self.plan.compiled)
-            return in_8bit, EightBitGuard(in_8bit)
-        if trained.host is not None:
-            on_host = HostAdamW(trained.host, settings)
-            return on_host, HostStepGuard(trained.host, on_host, max_grad_norm=settings.max_grad_norm)
-        use_scale = self.plan.dtype == torch.float16
-        guard = StepGuard(device, use_loss_scale=use_scale, max_grad_norm=settings.max_grad_norm)
-        return make_optimizer(list(trained.parameters().values()), settings), guard
 
     def _choose_attention(self, transformer: Any) -> Backend:
         """Measures the attention kernels for this run's shape and takes one."""
@@ -299,7 +279,7 @@ class Run:
             )
         backend = choose_backend(config.train.attention, timings)
         activate(backend)
-        install_attention(transformer, backend)
+        install_attention(transformer, backend, fuse=not plan.strategy.shards_weights)
         measured = ", ".join(f"{name} {1e3 * timing.total:.1f} ms" for name, timing in timings.items())
         self.accelerator.print(f"attention   {backend}" + (f" (a layer's step: {measured})" if measured else ""))
         return backend
@@ -316,12 +296,15 @@ class Run:
 
     def finish(self, trained: Trained) -> None:
         """Writes `final/` and the report on the main process."""
+        assert self._store is not None, "a run is trained before it is finished"
+        final, partial = self.folder / "final", self.folder / ".partial-final"
+        with self._averaged_weights():
+            weights = self._store.read_weights()
+            if self.accelerator.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                trained.export(partial, weights)
         if self.accelerator.is_main_process:
-            final, partial = self.folder / "final", self.folder / ".partial-final"
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            with self._averaged_weights():
-                trained.export(partial)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             self.write_report()

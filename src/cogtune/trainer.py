@@ -7,7 +7,7 @@ most one step ahead, so that all ranks agree on when to save and stop.
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,29 +17,30 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
-from cogtune.checkpoint import Checkpoint, CheckpointFolder, load_optimizer, save_optimizer
+from cogtune.checkpoint import Checkpoint
 from cogtune.config import RunConfig
 from cogtune.dataset import Batch
 from cogtune.denoiser import Denoiser
 from cogtune.draws import derive_seed
-from cogtune.eight_bit_adamw import EightBitGuard
 from cogtune.ema import Ema
 from cogtune.errors import UserError
-from cogtune.host_training import HostStepGuard
+from cogtune.formats.tensors import Tensors
 from cogtune.memory import GIB
-from cogtune.optimization import StepGuard, learning_rate_at
+from cogtune.optimization import learning_rate_at
+from cogtune.parallel.engine import Engine
 from cogtune.recorded_pass import RecordedPass
+from cogtune.saving import Saved, Saver
 from cogtune.tracking import MetricsLog, Progress
 
-Guard = StepGuard | HostStepGuard | EightBitGuard
 
-
-class Trained(Protocol):
+class Trained(Saved, Protocol):
     """What a run trains: the adapter of a transformer, or all of it."""
 
     transformer: Any
-    host: Any
-    """Float32 weights in host memory (`host_training.HostWeights`), or None."""
+
+    def initial(self) -> Tensors | None:
+        """The trained weights before the first step, read one by one; None: they are nowhere more exact than here."""
+        ...
 
     @property
     def base(self) -> Callable[[], contextlib.AbstractContextManager[None]] | None:
@@ -50,16 +51,8 @@ class Trained(Protocol):
         """The trained parameters by name."""
         ...
 
-    def save(self, folder: Path, *, trained: bool) -> None:
-        """Writes the trained weights, and what a user needs to use them, into a folder."""
-        ...
-
-    def load(self, folder: Path) -> None:
-        """Reads what `save` wrote."""
-        ...
-
-    def export(self, folder: Path) -> None:
-        """Writes the final weights into an empty folder, in the form that users load."""
+    def export(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+        """Writes the final weights, given by parameter, into an empty folder, in the form that users load."""
         ...
 
 
@@ -81,20 +74,18 @@ class Trainer:
         config: RunConfig,
         *,
         trained: Trained,
-        model: torch.nn.Module,
+        engine: Engine,
         denoiser: Denoiser,
-        optimizer: torch.optim.Optimizer,
-        guard: Guard,
         make_loader: Callable[[int], DataLoader[Batch]],
-        checkpoints: CheckpointFolder,
+        saver: Saver,
         log: MetricsLog,
         validate: Callable[[int], None],
         identity: dict[str, Any],
         ema: Ema | None = None,
     ) -> None:
-        self._accelerator, self._config, self._trained, self._model = accelerator, config, trained, model
-        self._denoiser, self._optimizer, self._guard = denoiser, optimizer, guard
-        self._make_loader, self._checkpoints, self._log, self._validate = make_loader, checkpoints, log, validate
+        self._accelerator, self._config, self._engine, self._denoiser = accelerator, config, engine, denoiser
+        self._model, self._optimizer, self._guard = engine.model, engine.optimizer, engine.guard
+        self._make_loader, self._saver, self._log, self._validate = make_loader, saver, log, validate
         self._identity, self._ema = identity, ema
         self._parameters = trained.parameters()
         self._global_batch = (
@@ -112,11 +103,8 @@ class Trainer:
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continues after a checkpoint: weights, optimizer and position; everything else follows from the config."""
-        self._trained.load(checkpoint.folder)
-        load_optimizer(self._optimizer, self._parameters, checkpoint.folder)
+        self._saver.load(checkpoint.folder)
         self._guard.load(checkpoint.state["guard"])
-        if self._ema is not None:
-            self._ema.load(checkpoint.folder)
         self.step = self._saved_step = checkpoint.step
 
     def fit(self) -> bool:
@@ -172,7 +160,7 @@ class Trainer:
             if self._config.adapter.dropout:
                 torch.manual_seed(derive_seed("dropout", train.seed, host_batch.positions[0]))
             is_last = micro == train.gradient_accumulation_steps - 1
-            with contextlib.nullcontext() if is_last else accelerator.no_sync(self._model):
+            with self._engine.accumulating(is_last):
                 losses = self._pass(batch)
             host_batch.release()
             recent.samples.append((self.step, losses, host_batch))
@@ -188,7 +176,7 @@ class Trainer:
         """Forward and backward pass of a micro-batch: losses [B], gradients added to the parameters'."""
         losses = self._denoiser.losses(self._model, batch)
         scale = self._guard.scale / self._config.train.gradient_accumulation_steps
-        self._accelerator.backward(losses.mean() * scale)
+        self._engine.backward(losses.mean() * scale)
         return losses.detach()
 
     def _write_row(self, recent: Recent, grad_norm: torch.Tensor) -> dict[str, Any]:
@@ -249,17 +237,15 @@ class Trainer:
             return
         self._gradients_checked = True
         moments: dict[str, list[torch.Tensor]] = {}
-        for name, parameter in self._parameters.items():
-            state = self._optimizer.state.get(parameter, {})
-            moment = state.get("exp_avg", state.get("exp_avg_scales"))
-            if moment is not None and "transformer_blocks." in name:
+        for name, largest in self._engine.store.largest_moments().items():
+            if "transformer_blocks." in name:
                 # By layer: at the start one factor of an adapter is zero, and with it the other one's gradient.
                 layer = name.partition(".lora_")[0].removesuffix(".weight").removesuffix(".bias")
-                moments.setdefault(layer, []).append(moment.abs().max())
+                moments.setdefault(layer, []).append(largest)
         if not moments:
             return
-        largest = torch.stack([torch.stack(values).max() for values in moments.values()]).tolist()
-        missing = [layer for layer, value in zip(moments, largest, strict=True) if not value]
+        by_layer = torch.stack([torch.stack(values).max() for values in moments.values()]).tolist()
+        missing = [layer for layer, value in zip(moments, by_layer, strict=True) if not value]
         if missing:
             raise UserError(
                 f"no gradient reached {len(missing)} of {len(moments)} trained layers, such as {missing[0]}: PyTorch "
@@ -267,20 +253,11 @@ class Trainer:
             )
 
     def save_checkpoint(self) -> None:
-        """Saves weights, optimizer and position on the main process, unless this step is saved already."""
+        """Saves weights, optimizer and position, unless this step is saved already."""
         if self._saved_step == self.step:
             return
         state = {"guard": self._guard.state(), "samples_seen": self.step * self._global_batch, **self._identity}
-
-        def write(folder: Path) -> None:
-            self._trained.save(folder, trained=self.step > 0)
-            save_optimizer(self._optimizer, self._parameters, folder)
-            if self._ema is not None:
-                self._ema.save(folder)
-
-        if self._accelerator.is_main_process:
-            self._checkpoints.save(self.step, state, write)
-        self._accelerator.wait_for_everyone()
+        self._saver.save(self.step, state)
         self._saved_step, self._last_save = self.step, time.monotonic()
 
     def _agree(self, is_last: bool) -> tuple[bool, bool]:

@@ -58,14 +58,17 @@ def evaluate(
     *,
     facts: ModelFacts,
     device: torch.device,
+    num_own: int | None = None,
 ) -> torch.Tensor:
     """Sums of the unweighted v loss at each quantile, and the number of clips, float64 [10] on the device.
 
-    Images are as sampling has them: clean, and never dropped.
+    Images are as sampling has them: clean, and never dropped. Entries after the first `num_own` are gone through and
+    don't count (`parallel.lockstep`).
     """
     sums = torch.zeros(len(QUANTILES) + 1, dtype=torch.float64, device=device)
     with evaluation_mode(transformer):
-        for entry in entries:
+        for number, entry in enumerate(entries):
+            counts = num_own is None or number < num_own
             mean, _, embeddings = read_sample(cache, entry)
             padded = pad_front(mean * facts.scaling_factor, facts.num_padding(mean.shape[1]))
             latents = padded.transpose(0, 1)[None]
@@ -89,8 +92,8 @@ def evaluate(
                     0,
                     image,
                 ).to(device)
-                sums[index] += denoiser.losses(transformer, batch, weighted=False)[0].double()
-            sums[-1] += 1
+                sums[index] += denoiser.losses(transformer, batch, weighted=False)[0].double() * counts
+            sums[-1] += counts
     return sums
 
 
@@ -136,8 +139,10 @@ def generate_videos(
     autocast: bool,
     quiet: bool,
     image_encoder: ImageEncoder | None = None,
+    num_own: int | None = None,
 ) -> None:
-    """Generates this rank's jobs into the folder; `image_encoder` for image-to-video models.
+    """Generates this rank's jobs into the folder; `image_encoder` for image-to-video models. Jobs after the first
+    `num_own` are sampled along and dropped (`parallel.lockstep`).
 
     The VAE comes onto the device only to decode, after all latents are sampled and streamed weights have left, frame
     by frame where memory is short (by tiles on a CPU), so the peak stays near that of sampling.
@@ -158,6 +163,9 @@ def generate_videos(
             latents.append(generate_latents(pipeline, job.request, *embeddings).cpu())
     release_blocks(transformer)
     release_memory(device)
+    jobs = jobs[:num_own]
+    if not jobs:
+        return
     vae = models.load_vae(facts, dtype).to(device)  # pyright: ignore[reportArgumentType]
     vae.enable_tiling()
     pixels = max(job.request.height * job.request.width for job in jobs)

@@ -2,13 +2,15 @@
 
 import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 
 from cogtune.denoiser import Denoiser
+from cogtune.parallel.lockstep import share_out
 from cogtune.plan import TrainingPlan
 from cogtune.preparation import EncodedData
 from cogtune.report import write_report
@@ -16,6 +18,7 @@ from cogtune.tracking import MetricsLog
 from cogtune.validation import VideoJob, evaluate, generate_videos, mean_losses, read_requests, write_requests
 from cogtune.video_request import Request
 
+T = TypeVar("T")
 BASE_STEP = "step-000000"  # before the first step the model is the base model
 
 
@@ -59,7 +62,7 @@ class Validator:
 
     def _evaluate(self, step: int) -> None:
         accelerator = self._accelerator
-        mine = self._data.validation[accelerator.process_index :: accelerator.num_processes]
+        mine, num_own = self._share_out(self._data.validation)
         sums = evaluate(
             self._transformer,
             self._denoiser,
@@ -67,6 +70,7 @@ class Validator:
             self._data.cache,
             facts=self._plan.facts,
             device=accelerator.device,
+            num_own=num_own,
         )
         losses = mean_losses(accelerator.reduce(sums, reduction="sum"))  # pyright: ignore[reportArgumentType]
         if losses is not None:
@@ -75,9 +79,10 @@ class Validator:
 
     def _generate(self, folder: Path) -> None:
         accelerator = self._accelerator
+        mine, num_own = self._share_out(self._jobs)
         generate_videos(
             self._transformer,
-            self._jobs[accelerator.process_index :: accelerator.num_processes],
+            mine,
             folder,
             self._data.cache,
             self._plan.facts,
@@ -86,7 +91,13 @@ class Validator:
             autocast=self._plan.autocast,
             quiet=not accelerator.is_main_process,
             image_encoder=self._denoiser.image_encoder,
+            num_own=num_own,
         )
+
+    def _share_out(self, items: Sequence[T]) -> tuple[list[T], int]:
+        """This rank's part, and how many of it are its own: with divided weights all ranks go through as many."""
+        accelerator, even = self._accelerator, self._plan.strategy.shards_weights
+        return share_out(items, accelerator.process_index, accelerator.num_processes, even=even)
 
     def _copy_base_videos(self, folder: Path) -> None:
         """The base model's videos of the same requests; after a change of prompts there may be none."""

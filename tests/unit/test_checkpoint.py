@@ -1,4 +1,4 @@
-"""Checkpoints: complete or not there at all, rotated, checked by digest; the optimizer comes back exactly."""
+"""Checkpoints: complete or not there at all, rotated, checked by digest."""
 
 import json
 import resource
@@ -11,17 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cogtune.checkpoint import (
-    MANIFEST,
-    CheckpointFolder,
-    find_differences,
-    load_optimizer,
-    read_checkpoint,
-    save_optimizer,
-)
-from cogtune.config import OptimizerSettings
+from cogtune.checkpoint import MANIFEST, CheckpointFolder, find_differences, read_checkpoint
 from cogtune.errors import UserError
-from cogtune.optimization import make_optimizer
 
 
 def write_weights(seed: int, size: int = 1000) -> Callable[[Path], None]:
@@ -186,56 +177,6 @@ def test_a_checkpoint_folder_that_cannot_be_made_is_an_error_of_the_user(tmp_pat
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="complete checkpoints: none"):
         CheckpointFolder(tmp_path / "file" / "checkpoints", keep_last=1).save(1, {}, write_weights(1))
-
-
-def make_training(seed: int) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
-    generator = torch.Generator().manual_seed(seed)
-    parameters = {
-        f"blocks.{i}.to_out.0.lora_A.weight": torch.nn.Parameter(torch.randn(3, 4, generator=generator))
-        for i in range(3)
-    }
-    return parameters, make_optimizer(list(parameters.values()), OptimizerSettings(learning_rate=0.01))
-
-
-def run_steps(parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, steps: range) -> None:
-    for step in steps:
-        generator = torch.Generator().manual_seed(step)
-        for parameter in parameters.values():
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
-        optimizer.step()
-
-
-def test_the_optimizer_comes_back_exactly(tmp_path: Path) -> None:
-    straight, optimizer = make_training(0)
-    run_steps(straight, optimizer, range(3))
-    save_optimizer(optimizer, straight, tmp_path)
-    resumed, fresh = make_training(1)
-    with torch.no_grad():
-        for name, parameter in resumed.items():
-            parameter.copy_(straight[name])
-    load_optimizer(fresh, resumed, tmp_path)
-    for name, parameter in straight.items():
-        for key, value in optimizer.state[parameter].items():
-            assert torch.equal(fresh.state[resumed[name]][key], value), (name, key)
-    run_steps(straight, optimizer, range(3, 6))
-    run_steps(resumed, fresh, range(3, 6))
-    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
-
-
-def test_a_fresh_optimizer_can_be_saved(tmp_path: Path) -> None:
-    parameters, optimizer = make_training(0)
-    save_optimizer(optimizer, parameters, tmp_path)
-    load_optimizer(optimizer, parameters, tmp_path)
-    assert not optimizer.state
-
-
-def test_optimizer_state_of_other_parameters_is_refused(tmp_path: Path) -> None:
-    parameters, optimizer = make_training(0)
-    run_steps(parameters, optimizer, range(1))
-    save_optimizer(optimizer, parameters, tmp_path)
-    name = next(iter(parameters))
-    with pytest.raises(UserError, match=f"optimizer state of {name}"):
-        load_optimizer(optimizer, {k: v for k, v in parameters.items() if k != name}, tmp_path)
 
 
 def test_differences_are_named_by_key() -> None:

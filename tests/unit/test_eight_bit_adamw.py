@@ -1,7 +1,6 @@
 """AdamW inside the backward pass: against float32 AdamW, exact resume, bad gradients, blocks compiled or recomputed."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +11,13 @@ from torch import nn
 
 from cogtune import eight_bit_adamw
 from cogtune.attention import install_attention
-from cogtune.checkpoint import load_optimizer, save_optimizer
 from cogtune.config import OptimizerSettings
 from cogtune.eight_bit import BLOCK
 from cogtune.eight_bit_adamw import EightBitAdamW, EightBitGuard, is_quantized
 from cogtune.execution import Activations, configure_blocks
+from cogtune.formats.tensors import hold
 from cogtune.optimization import make_optimizer
+from cogtune.saving import DeviceStore
 
 SETTINGS = OptimizerSettings(learning_rate=3e-3, weight_decay=0.01)
 
@@ -116,18 +116,19 @@ def test_pieces_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_resuming_is_exact_bit_for_bit(tmp_path: Path) -> None:
+def test_resuming_is_exact_bit_for_bit() -> None:
     straight = make_model().bfloat16()
     optimizer, guard = make_8bit(straight)
     take_steps(straight, optimizer, guard, range(5))
-    save_optimizer(optimizer, dict(straight.named_parameters()), tmp_path)
+    state = DeviceStore(dict(straight.named_parameters()), optimizer).read_optimizer()
+    saved = hold("saved", {name: tensor.clone() for name, tensor in state.items()})
     kept, weights = guard.state(), {k: v.clone() for k, v in straight.state_dict().items()}
     expected = take_steps(straight, optimizer, guard, range(5, 9))
 
     resumed = make_model(3).bfloat16()
     resumed.load_state_dict(weights)
     optimizer, guard = make_8bit(resumed)
-    load_optimizer(optimizer, dict(resumed.named_parameters()), tmp_path)
+    DeviceStore(dict(resumed.named_parameters()), optimizer).write_optimizer(saved)
     guard.load(kept)
     assert torch.equal(torch.stack(take_steps(resumed, optimizer, guard, range(5, 9))), torch.stack(expected))
     for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):

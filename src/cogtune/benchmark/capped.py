@@ -163,7 +163,8 @@ class CappedRun:
             optimizer = HostAdamW(trained.host, self.config.optimizer)
             guard = HostStepGuard(trained.host, optimizer, max_grad_norm=1.0)
         autocast = full and trained.host is None and not eight_bit and self.dtype != torch.float32
-        return self.bench.make_trainer(trained, folder, optimizer=optimizer, guard=guard, autocast=autocast)
+        engine = self.bench.make_engine(trained, optimizer, guard)
+        return self.bench.make_trainer(trained, folder, engine=engine, autocast=autocast)
 
     def _install_attention(self, transformer: Any) -> None:
         timings = {}

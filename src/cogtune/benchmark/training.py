@@ -37,9 +37,11 @@ from cogtune.manifest import Clip
 from cogtune.memory import GIB, predict
 from cogtune.models import ModelFacts, choose_device, choose_dtype, count_image_encoder
 from cogtune.optimization import StepGuard, make_optimizer
+from cogtune.parallel.engine import Engine, Guard, make_replicated_engine
 from cogtune.random_pipeline import ARCHITECTURES, make_architecture_facts, make_random_transformer
+from cogtune.saving import DeviceStore, WholeSaver
 from cogtune.tracking import MetricsLog
-from cogtune.trainer import Guard, Recent, Trained, Trainer
+from cogtune.trainer import Recent, Trained, Trainer
 
 _NUM_CLIPS = 4
 _PROFILED_STEPS = 2
@@ -118,7 +120,7 @@ class TrainingBench:
         self.tokens = self.facts.num_tokens(*self.size)
         self.shape = StepShape.of(self.facts, self.tokens, arguments.batch_size)
         self.ceilings: dict[str, Any] = {}
-        self._accelerator = Accelerator(mixed_precision="no", cpu=self.device.type == "cpu")
+        self.accelerator = Accelerator(mixed_precision="no", cpu=self.device.type == "cpu")
         self.config = RunConfig.model_validate(
             {"adapter": {"rank": arguments.rank}, "train": {"max_steps": 1 << 20, "batch_size": arguments.batch_size}}
         )
@@ -162,8 +164,11 @@ class TrainingBench:
             trainer = self.make_trainer(
                 trained,
                 Path(folder),
-                optimizer=make_optimizer(list(trained.parameters().values()), self.config.optimizer),
-                guard=StepGuard(self.device, use_loss_scale=self.dtype == torch.float16, max_grad_norm=1.0),
+                engine=self.make_engine(
+                    trained,
+                    make_optimizer(list(trained.parameters().values()), self.config.optimizer),
+                    StepGuard(self.device, use_loss_scale=self.dtype == torch.float16, max_grad_norm=1.0),
+                ),
                 autocast=variant.is_baseline and self.dtype != torch.float32,
             )
             batches = iter(self.make_loader(Path(folder)))
@@ -254,9 +259,12 @@ class TrainingBench:
             "floor_seconds": self.ceilings["floor_seconds"]["total"],
         }
 
-    def make_trainer(
-        self, trained: Trained, folder: Path, *, optimizer: torch.optim.Optimizer, guard: Guard, autocast: bool
-    ) -> Trainer:
+    def make_engine(self, trained: Trained, optimizer: torch.optim.Optimizer, guard: Guard) -> Engine:
+        """The loop's engine on this device alone."""
+        store = DeviceStore(trained.parameters(), optimizer, host=trained.host)
+        return make_replicated_engine(self.accelerator, trained.transformer, optimizer, guard, store)
+
+    def make_trainer(self, trained: Trained, folder: Path, *, engine: Engine, autocast: bool) -> Trainer:
         """The loop around what is trained, without metrics, validation and a run's folder."""
         encoder = None
         if self.facts.takes_image:
@@ -265,11 +273,12 @@ class TrainingBench:
         log = MetricsLog(
             folder, active=False, first_step=0, report_to="none", project="", wandb_mode="offline", config={}
         )
+        checkpoints = CheckpointFolder(folder / "checkpoints", keep_last=1)
         return Trainer(
-            self._accelerator,
+            self.accelerator,
             self.config,
             trained=trained,
-            model=trained.transformer,
+            engine=engine,
             denoiser=Denoiser(
                 self.facts,
                 device=self.device,
@@ -278,10 +287,8 @@ class TrainingBench:
                 autocast=autocast,
                 image_encoder=encoder,
             ),
-            optimizer=optimizer,
-            guard=guard,
             make_loader=lambda _step: self.make_loader(folder),
-            checkpoints=CheckpointFolder(folder / "checkpoints", keep_last=1),
+            saver=WholeSaver(self.accelerator, checkpoints, trained, engine.store, None),
             log=log,
             validate=lambda _step: None,
             identity={},
@@ -317,8 +324,8 @@ class TrainingBench:
             last_step=self.config.train.max_steps,
             batch_size=self.arguments.batch_size,
             accumulation=1,
-            rank=0,
-            world_size=1,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
         )
         on_gpu = self.device.type == "cuda"
         return make_loader(dataset, sampler, num_workers=default_workers() if on_gpu else 0, pin_memory=on_gpu)

@@ -1,0 +1,81 @@
+"""Puts a run's transformer where its strategy wants it, and builds the engine that the loop drives."""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.distributed.device_mesh import DeviceMesh
+
+from cogtune.eight_bit_adamw import EightBitAdamW, EightBitGuard
+from cogtune.frozen import quantize_base, quantize_block
+from cogtune.host_training import HostAdamW, HostStepGuard
+from cogtune.optimization import StepGuard, make_optimizer
+from cogtune.parallel.deepspeed_engine import make_deepspeed_engine
+from cogtune.parallel.engine import Engine, Guard, make_replicated_engine
+from cogtune.parallel.fully_sharded import (
+    ShardedStepGuard,
+    ShardedStore,
+    make_mesh,
+    make_sharded_engine,
+    shard_transformer,
+)
+from cogtune.plan import TrainingPlan
+from cogtune.saving import DeviceStore
+from cogtune.streaming.blocks import stream_blocks
+
+
+def place_transformer(plan: TrainingPlan, trained: Any, device: torch.device) -> None:
+    """Before the attention is installed: whole models go to the device, which divided and streamed ones never do."""
+    if plan.memory.num_resident is None and trained.host is None and not plan.strategy.shards_weights:
+        trained.transformer.to(device)
+
+
+def divide_transformer(plan: TrainingPlan, trained: Any, device: torch.device) -> DeviceMesh | None:
+    """After it: streams, quantizes or divides the blocks; the mesh of a divided model."""
+    transformer, num_resident = trained.transformer, plan.memory.num_resident
+    if plan.strategy.is_fsdp:
+        mesh = make_mesh(plan.strategy, device)
+        shard_transformer(transformer, plan.strategy, mesh, device, plan.dtype)
+        return mesh
+    if num_resident is not None and trained.host is None:
+        prepare = quantize_block if plan.num_float8 else None
+        stream_blocks(transformer, "transformer_blocks", device, num_resident=num_resident, prepare=prepare)
+    elif plan.num_float8:
+        quantize_base(transformer)
+    return None
+
+
+def make_engine(accelerator: Accelerator, plan: TrainingPlan, trained: Any, mesh: DeviceMesh | None) -> Engine:
+    """Optimizer, guard and store around a transformer that is in its place."""
+    settings, device, is_main = plan.config.optimizer, accelerator.device, accelerator.is_main_process
+    use_scale = plan.dtype == torch.float16
+    parameters = trained.parameters()
+    if mesh is not None:
+        optimizer = make_optimizer(list(parameters.values()), settings)
+        sharded = ShardedStepGuard(device, mesh, use_loss_scale=use_scale, max_grad_norm=settings.max_grad_norm)
+        store = ShardedStore(parameters, optimizer, is_main=is_main)
+        return make_sharded_engine(accelerator, trained.transformer, optimizer, sharded, store)
+    if plan.strategy.is_deepspeed:
+        return make_deepspeed_engine(
+            accelerator,
+            trained.transformer,
+            parameters,
+            config=plan.config,
+            strategy=plan.strategy,
+            dtype=plan.dtype,
+            initial=trained.initial(),
+        )
+    model = accelerator.prepare_model(trained.transformer)
+    if plan.memory.eight_bit:
+        optimizer = EightBitAdamW(
+            list(parameters.values()), settings, seed=plan.config.train.seed, compiled=plan.compiled
+        )
+        guard: Guard = EightBitGuard(optimizer)
+    elif trained.host is not None:
+        optimizer = HostAdamW(trained.host, settings)
+        guard = HostStepGuard(trained.host, optimizer, max_grad_norm=settings.max_grad_norm)
+    else:
+        optimizer = make_optimizer(list(parameters.values()), settings)
+        guard = StepGuard(device, use_loss_scale=use_scale, max_grad_norm=settings.max_grad_norm)
+    store = DeviceStore(parameters, optimizer, host=trained.host, is_main=is_main)
+    return make_replicated_engine(accelerator, model, optimizer, guard, store)

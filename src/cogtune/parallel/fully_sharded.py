@@ -1,0 +1,198 @@
+"""FSDP2 and HSDP: every block's weights in parts, gathered for its pass and given back after it.
+
+`fully_shard` puts hooks around a block's call. The blocks' own work stays inside of them, compiled and recomputed as
+without it (`execution`), so no hook runs in a compiled region or a second time. Trained weights are float32 parts,
+gathered in the run's precision; their gradients are summed in float32. An adapter's small weights stay whole on every
+process, and their gradients are averaged in one go after the last pass of a step.
+"""
+
+import contextlib
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from cogtune.formats.tensors import Tensors
+from cogtune.optimization import StepGuard
+from cogtune.parallel.engine import Engine
+from cogtune.parallel.strategy import Strategy
+from cogtune.saving import keys_by_parameter
+
+
+def make_mesh(strategy: Strategy, device: torch.device) -> DeviceMesh:
+    """One dimension of parts, or copies x parts; neighbouring ranks hold the parts of one copy."""
+    num_copies = strategy.num_processes // strategy.num_shards
+    if num_copies == 1:
+        return init_device_mesh(device.type, (strategy.num_shards,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (num_copies, strategy.num_shards), mesh_dim_names=("replicate", "shard"))
+
+
+def shard_transformer(
+    transformer: Any, strategy: Strategy, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Divides a transformer in place, block by block, so that the device never holds more than one whole block.
+
+    Frozen models with an adapter: the adapter's weights come to the device whole. Trained ones (float32) are computed
+    with in `dtype`.
+    """
+    everything = list(transformer.parameters())
+    adapter = set() if all(p.requires_grad for p in everything) else {p for p in everything if p.requires_grad}
+    precision = None if adapter or dtype == torch.float32 else dtype
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        # Not the inputs: rotary positions stay float32.
+        "mp_policy": MixedPrecisionPolicy(precision, torch.float32, cast_forward_inputs=False),
+        "offload_policy": CPUOffloadPolicy() if strategy.offload_weights else OffloadPolicy(),
+        "ignored_params": adapter,
+    }
+    for block in transformer.transformer_blocks:
+        block.to(device)
+        fully_shard(block, reshard_after_forward=strategy.reshard, **options)
+    for name, child in transformer.named_children():
+        if name != "transformer_blocks":
+            child.to(device)
+    # The root too gives its weights back: what is put into the parts between two passes is then seen by the next one.
+    fully_shard(transformer, reshard_after_forward=True, **options)
+    if strategy.offload_weights:
+        transformer._hf_hook = SimpleNamespace(
+            execution_device=device
+        )  # pipelines look here: the weights are elsewhere
+    for module in transformer.modules():
+        # Otherwise the compiler leaves out its checks on these modules, such as whether the adapter is on.
+        module._is_fsdp_managed_module = False
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor; a whole one is its own."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class ShardedStepGuard(StepGuard):
+    """`StepGuard` where each process holds parts of the gradients, or an adapter's whole ones, not yet averaged."""
+
+    def __init__(
+        self, device: torch.device, mesh: DeviceMesh, *, use_loss_scale: bool, max_grad_norm: float | None
+    ) -> None:
+        super().__init__(device, use_loss_scale=use_loss_scale, max_grad_norm=max_grad_norm)
+        self._shards = mesh.get_group("shard")
+
+    def collect(self, parameters: list[nn.Parameter]) -> list[Tensor]:
+        """The gradients to work on: parts as they are, whole ones averaged over all processes."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+        if whole:
+            flat = torch.cat([gradient.flatten() for gradient in whole])
+            dist.all_reduce(flat)
+            flat /= dist.get_world_size()
+            for gradient, mean in zip(whole, flat.split([g.numel() for g in whole]), strict=True):
+                gradient.copy_(mean.view_as(gradient))
+        return [local_part(gradient) for gradient in gradients]
+
+    def measure(self, parameters: list[nn.Parameter], gradients: list[Tensor]) -> Tensor:
+        """The norm of all gradients: parts are added up over the processes that share a copy."""
+        norm = super().measure(parameters, gradients)
+        if not any(isinstance(p.grad, DTensor) for p in parameters):
+            return norm
+        squares = norm.to(self.scale.device).square()
+        dist.all_reduce(squares, group=self._shards)
+        return squares.sqrt()
+
+
+class ShardedStore:
+    """A `saving.Store` of parts, and of an adapter's whole weights. Tensors are gathered one after another."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, *, is_main: bool) -> None:
+        self._parameters, self._optimizer, self._is_main = parameters, optimizer, is_main
+
+    def _read(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = {}
+        for name, tensor in tensors.items():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if self._is_main:
+                found[name] = whole.detach().cpu().contiguous()
+        return found
+
+    def read_weights(self) -> dict[str, Tensor]:
+        """`Store.read_weights`."""
+        return self._read({name: p.detach() for name, p in self._parameters.items()})
+
+    def read_optimizer(self) -> dict[str, Tensor]:
+        """`Store.read_optimizer`."""
+        return self._read(
+            {
+                f"{name}.{key}": value
+                for name, parameter in self._parameters.items()
+                for key, value in self._optimizer.state.get(parameter, {}).items()
+            }
+        )
+
+    @torch.no_grad()
+    def write_weights(self, weights: Tensors) -> None:
+        """`Store.write_weights`; each process takes its part of what it reads."""
+        for name, parameter in self._parameters.items():
+            local_part(parameter).copy_(_cut(parameter, weights.read(name)))
+
+    @torch.no_grad()
+    def write_optimizer(self, state: Tensors) -> None:
+        """`Store.write_optimizer`."""
+        for name, keys in keys_by_parameter(state, self._parameters).items():
+            parameter = self._parameters[name]
+            found: dict[str, Tensor] = {}
+            for key in keys:
+                value = state.read(f"{name}.{key}")
+                if value.ndim == 0 or not isinstance(parameter, DTensor):
+                    found[key] = value.to(local_part(parameter.detach()).device)
+                    continue
+                found[key] = torch.zeros_like(parameter.detach())
+                local_part(found[key]).copy_(_cut(parameter, value))
+            self._optimizer.state[parameter] = found
+
+    def largest_moments(self) -> dict[str, Tensor]:
+        """`Store.largest_moments`."""
+        found = {
+            name: self._optimizer.state[p]["exp_avg"]
+            for name, p in self._parameters.items()
+            if self._optimizer.state[p]
+        }
+        if not found:
+            return {}
+        parts = [local_part(moment) for moment in found.values()]
+        largest = torch.stack([part.abs().max() if part.numel() else part.new_zeros(()) for part in parts])
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return dict(zip(found, largest.unbind(), strict=True))
+
+
+def _cut(parameter: nn.Parameter, whole: Tensor) -> Tensor:
+    """This process's part of a whole tensor, divided as the parameter is: along the first dimension."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    mesh = parameter.device_mesh
+    chunks = whole.chunk(mesh.size(mesh.ndim - 1))
+    rank = mesh.get_local_rank(mesh.ndim - 1)
+    return chunks[rank] if rank < len(chunks) else whole[:0]
+
+
+def make_sharded_engine(
+    accelerator: Accelerator,
+    transformer: FSDPModule,
+    optimizer: torch.optim.Optimizer,
+    guard: ShardedStepGuard,
+    store: ShardedStore,
+) -> Engine:
+    """The loop's engine around a transformer from `shard_transformer`."""
+
+    @contextlib.contextmanager
+    def accumulating(is_last: bool) -> Any:
+        # Parts are summed after each pass: whole gradients kept for the next one would take 4 bytes a weight on every
+        # device. Only copies (HSDP) wait for the last.
+        transformer.set_requires_all_reduce(is_last)
+        yield
+
+    assert isinstance(transformer, nn.Module)
+    return Engine(transformer, optimizer, guard, store, accelerator.backward, accumulating)

@@ -1,0 +1,173 @@
+"""What a checkpoint holds of weights and optimizer, read from and put back to wherever they are.
+
+A `Store` knows where the tensors are: whole on each device (`DeviceStore`), or in shards (`parallel`). Files are the
+same whatever the store, weights by name and the optimizer's state, so that a run goes on under another strategy.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cogtune.checkpoint import CheckpointFolder
+from cogtune.ema import Ema
+from cogtune.errors import UserError
+from cogtune.formats.tensors import Tensors, open_safetensors
+
+OPTIMIZER = "optimizer.safetensors"
+
+
+class Saved(Protocol):
+    """The files of what is trained: an adapter's or a model's."""
+
+    host: Any
+    """Weights in host memory (`host_training.HostWeights`), or None."""
+
+    def save(self, folder: Path, weights: Mapping[str, Tensor], *, trained: bool) -> None:
+        """Writes the trained weights, given by parameter, and what a user needs to use them."""
+        ...
+
+    def read(self, folder: Path) -> Tensors:
+        """What `save` wrote, by parameter; raises `UserError` where names or shapes differ from the config's."""
+        ...
+
+
+class Store(Protocol):
+    """A run's trained weights by parameter, and its optimizer's state by `<parameter>.<key>`.
+
+    Every process calls each method, in step. What is read is whole and in host memory, on the main process everything,
+    on others maybe nothing; it may be the memory that is trained, so it is used before the next step.
+    """
+
+    def read_weights(self) -> dict[str, Tensor]:
+        """The weights, in the precision that they are trained in."""
+        ...
+
+    def read_optimizer(self) -> dict[str, Tensor]:
+        """The optimizer's state; nothing before the first step."""
+        ...
+
+    def largest_moments(self) -> dict[str, Tensor]:
+        """The largest entry of each parameter's first moment, where it has one."""
+        ...
+
+    def write_weights(self, weights: Tensors) -> None:
+        """Puts weights back, whose names and shapes are right."""
+        ...
+
+    def write_optimizer(self, state: Tensors) -> None:
+        """Puts the optimizer's state back; raises `UserError` for state of a parameter that isn't trained."""
+        ...
+
+
+class Saver(Protocol):
+    """Writes and reads checkpoints; every process calls, in step."""
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Saves weights, optimizer and the loop's `state` (plain JSON values)."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Puts a checkpoint's weights and optimizer state back."""
+        ...
+
+
+class DeviceStore:
+    """Weights and state that are whole on this process's device, or host."""
+
+    def __init__(
+        self,
+        parameters: dict[str, torch.nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        *,
+        host: Any = None,
+        is_main: bool = True,
+    ) -> None:
+        self._parameters, self._optimizer, self._host, self._is_main = parameters, optimizer, host, is_main
+
+    def read_weights(self) -> dict[str, Tensor]:
+        """`Store.read_weights`."""
+        if not self._is_main:
+            return {}
+        return {name: p.detach().cpu().contiguous() for name, p in self._parameters.items()}
+
+    def read_optimizer(self) -> dict[str, Tensor]:
+        """`Store.read_optimizer`."""
+        if not self._is_main:
+            return {}
+        return {
+            f"{name}.{key}": value.detach().cpu().contiguous()
+            for name, parameter in self._parameters.items()
+            for key, value in self._optimizer.state.get(parameter, {}).items()
+        }
+
+    def largest_moments(self) -> dict[str, Tensor]:
+        """`Store.largest_moments`; of 8-bit state, the scales'."""
+        found = {}
+        for name, parameter in self._parameters.items():
+            state = self._optimizer.state.get(parameter, {})
+            moment = state.get("exp_avg", state.get("exp_avg_scales"))
+            if moment is not None:
+                found[name] = moment.abs().max()
+        return found
+
+    @torch.no_grad()
+    def write_weights(self, weights: Tensors) -> None:
+        """`Store.write_weights`."""
+        for name, parameter in self._parameters.items():
+            parameter.copy_(weights.read(name))
+        if self._host is not None:
+            self._host.publish_all()
+
+    def write_optimizer(self, state: Tensors) -> None:
+        """`Store.write_optimizer`; on each parameter's device."""
+        for name, keys in keys_by_parameter(state, self._parameters).items():
+            parameter = self._parameters[name]
+            values = {key: state.read(f"{name}.{key}").to(parameter.device) for key in keys}
+            self._optimizer.state[parameter] = values
+
+
+def keys_by_parameter(state: Tensors, parameters: Mapping[str, object]) -> dict[str, list[str]]:
+    """The keys of each parameter's optimizer state; raises `UserError` for one that isn't trained."""
+    found: dict[str, list[str]] = {}
+    for name in state.specs:
+        owner, key = name.rsplit(".", 1)
+        if owner not in parameters:
+            raise UserError(f"{state.label}: optimizer state of {owner}, which this config doesn't train")
+        found.setdefault(owner, []).append(key)
+    return found
+
+
+class WholeSaver:
+    """Checkpoints of whole tensors, which the main process writes; what is in shards is gathered there."""
+
+    def __init__(
+        self, accelerator: Accelerator, checkpoints: CheckpointFolder, saved: Saved, store: Store, ema: Ema | None
+    ) -> None:
+        self._accelerator, self._checkpoints = accelerator, checkpoints
+        self._saved, self._store, self._ema = saved, store, ema
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """`Saver.save`."""
+        weights, moments = self._store.read_weights(), self._store.read_optimizer()
+
+        def write(folder: Path) -> None:
+            self._saved.save(folder, weights, trained=step > 0)
+            save_file(moments, folder / OPTIMIZER)
+            if self._ema is not None:
+                self._ema.save(folder)
+
+        if self._accelerator.is_main_process:
+            self._checkpoints.save(step, state, write)
+        self._accelerator.wait_for_everyone()
+
+    def load(self, folder: Path) -> None:
+        """`Saver.load`."""
+        self._store.write_weights(self._saved.read(folder))
+        self._store.write_optimizer(open_safetensors(folder / OPTIMIZER))
+        if self._ema is not None:
+            self._ema.load(folder)
