@@ -74,6 +74,10 @@ class CheckpointFolder:
         """The temporary folder of a checkpoint that is being written."""
         return self.folder / f"{_PARTIAL}step-{step:06d}"
 
+    def place(self, step: int) -> Path:
+        """The folder of a complete checkpoint."""
+        return self.folder / f"step-{step:06d}"
+
     def begin(self, step: int) -> Path:
         """Makes the temporary folder, empty."""
         partial = self.partial(step)
@@ -83,7 +87,7 @@ class CheckpointFolder:
 
     def complete(self, step: int, state: dict[str, Any], digests: dict[str, str]) -> Path:
         """Writes the manifest of synced files, puts the folder in place, and deletes what is too old."""
-        partial, final = self.partial(step), self.folder / f"step-{step:06d}"
+        partial, final = self.partial(step), self.place(step)
         manifest = {"step": step, "state": state, "files": dict(sorted(digests.items()))}
         _write_synced(partial / MANIFEST, json.dumps(manifest, indent=1))
         if final.exists():

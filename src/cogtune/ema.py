@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor
 from cogtune.shards.pieces import Piece, find_piece, local_part
 from cogtune.streaming.host import HostBuffer
 
-NAME = "ema.safetensors"
 CHUNK_NUMBERS = 1 << 24
 """Weights that leave for the host at once: two page-locked buffers of 64 MiB."""
 

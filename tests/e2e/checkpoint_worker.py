@@ -143,7 +143,7 @@ def check_error_reaches_all() -> None:
         def fail(*_: Any) -> str:
             raise OSError(28, "No space left on device")
 
-        if RANK == dist.get_world_size() - 1:
+        if dist.get_world_size() - 1 == RANK:
             writer_module.write_file = fail
         try:
             saver.save(2, {})

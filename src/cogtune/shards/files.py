@@ -17,21 +17,9 @@ import torch
 from torch import Tensor
 
 from cogtune.errors import UserError
+from cogtune.formats.tensors import DTYPE_CODES, SAFETENSORS_DTYPES
 from cogtune.shards.pieces import Piece
 
-CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-_DTYPES = {code: dtype for dtype, code in CODES.items()}
 _PLACES = "cogtune_places"
 MAX_FILE_BYTES = 2 << 30
 """Files of this size at most (unless one piece is larger): they are written, digested and read side by side."""
@@ -58,7 +46,7 @@ class ShardFile:
         for piece in self.pieces:
             shape, offsets = piece.box()
             end = offset + piece.num_bytes
-            code = CODES[piece.data.dtype]
+            code = DTYPE_CODES[piece.data.dtype]
             entries[piece.name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, end]}
             places[piece.name] = {"shape": list(piece.shape), "start": piece.start}
             boxes[piece.name] = {"saved_offsets": list(offsets)}
@@ -141,7 +129,7 @@ def read_header(file: Path, group: str | None) -> Iterator[tuple[str, tuple[int,
         places = json.loads(metadata.get(_PLACES, "{}"))
         for name, entry in entries.items():
             place = places.get(name, {"shape": entry["shape"], "start": 0})
-            dtype = _DTYPES[entry["dtype"]]
+            dtype = SAFETENSORS_DTYPES[entry["dtype"]]
             begin, end = entry["data_offsets"]
             start = place["start"]
             stored = StoredPiece(file, 8 + length + begin, start, start + (end - begin) // dtype.itemsize)

@@ -1,9 +1,13 @@
 """What the processes of a run tell each other about a checkpoint, beside training."""
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+
+LONGEST = timedelta(hours=2)
+"""What the slowest process may take to write its files; one that is gone is noticed at once."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,7 @@ class Ranks:
         """Of the run's processes, through gloo, so that nothing waits for a GPU; call it on all of them."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return cls()
-        return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
+        return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=LONGEST))
 
     def gather(self, mine: Any) -> list[Any]:
         """What each process gave, in their order, on all of them."""

@@ -47,9 +47,7 @@ class ShardedState:
         stored = StoredTensors(folder)
         wrong = sorted(set(stored.names("weights")) ^ set(self._parameters))
         if wrong:
-            raise UserError(
-                f"{folder}: the saved weights differ from the model's at {wrong[0]} ({len(wrong)} tensors)"
-            )
+            raise UserError(f"{folder}: the saved weights differ from the model's at {wrong[0]} ({len(wrong)} tensors)")
         targets = [find_piece(f"weights.{name}", parameter) for name, parameter in self._parameters.items()]
         if self._ema is not None:
             targets += self._ema.pieces().values()
@@ -70,7 +68,7 @@ class ShardedState:
 
 
 class ShardedSaver:
-    """Saves and puts back a run's state; every process calls each method, in step."""
+    """Saves and puts back a run's state (`saving.Saver`); every process calls each method, in step."""
 
     def __init__(self, state: ShardedState, writer: CheckpointWriter, *, host: Any = None) -> None:
         """`host`: weights in host memory, whose copies for the device follow what is read."""

@@ -42,7 +42,7 @@ class Snapshot:
     def _try_to_allocate(self, files: Sequence[ShardFile]) -> None:
         try:
             self._allocate(files)
-        except Exception as error:  # told by `wait`, on the thread that trains
+        except Exception as error:  # noqa: BLE001  # told by `wait`, on the thread that trains
             self._error = error
 
     def _allocate(self, files: Sequence[ShardFile]) -> None:
@@ -77,7 +77,7 @@ class Snapshot:
 
 
 def chunks_without_copy(file: ShardFile) -> Iterator[Tensor]:
-    """A file's bytes straight from the pieces, a chunk at a time: training waits, and next to no host memory is taken."""
+    """A file's bytes straight from the pieces, a chunk at a time: training waits, no host memory is taken."""
     for piece in file.pieces:
         data = as_bytes(piece.data)
         for chunk in data.split(CHUNK_BYTES) if data.numel() else ():

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from cogtune.errors import UserError
-from cogtune.shards.pieces import Piece
+from cogtune.formats.tensors import Spec, Tensors
 from cogtune.shards.files import StoredPiece, as_bytes, read_header
+from cogtune.shards.pieces import Piece
 
 GROUPS = ("weights", "optimizer", "ema")
 NUM_READERS = 4
@@ -80,6 +81,14 @@ class StoredTensors:
         with ThreadPoolExecutor(NUM_READERS) as readers:
             for result in [readers.submit(self.read_into, target) for target in targets]:
                 result.result()
+
+    def group(self, group: str) -> Tensors:
+        """A group's tensors by their own names, each read whole when it is asked for."""
+        specs = {}
+        for name in self.names(group):
+            stored = self.tensors[f"{group}.{name}"]
+            specs[name] = Spec(stored.shape, stored.dtype)
+        return Tensors(str(self.folder), specs, lambda name: self.read(f"{group}.{name}"))
 
     def read(self, name: str) -> Tensor:
         """A whole tensor, on the host."""

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from cogtune.checkpoint import CheckpointFolder
 from cogtune.errors import UserError
+from cogtune.shards.files import MAX_FILE_BYTES, ShardFile, lay_out, write_file
 from cogtune.shards.pieces import Piece, choose_written, find_piece
 from cogtune.shards.ranks import Ranks
-from cogtune.shards.files import MAX_FILE_BYTES, ShardFile, lay_out, write_file
 from cogtune.shards.snapshot import Snapshot, chunks_without_copy
 
 MAX_WRITERS = 4
@@ -51,7 +51,7 @@ class CheckpointWriter:
         """From the end of the copy until the last checkpoint was in place."""
 
     def prepare(self, tensors: Mapping[str, Tensor | Piece]) -> None:
-        """Takes the host memory for saving such tensors, beside training, so that the first save doesn't wait for it."""
+        """Takes the host memory for saving such tensors, beside training: the first save won't wait for it."""
         if self._asynchronous:
             self._snapshot.prepare(self._lay_out(tensors))
 
@@ -110,7 +110,7 @@ class CheckpointWriter:
         started = time.perf_counter()
         try:
             self._error = self._write_together(step, state, files, chunks, error)
-        except Exception as crash:  # raised by `wait`, on the thread that trains
+        except Exception as crash:  # noqa: BLE001  # raised by `wait`, on the thread that trains
             self._crash = crash
         self.write_seconds = time.perf_counter() - started
 
@@ -145,9 +145,7 @@ class CheckpointWriter:
         ranks.gather(None)  # what is left of it is gone when the first process hears of the error
         return self._folder.explain(step, found)
 
-    def _write_files(
-        self, partial: Path, files: Sequence[ShardFile], chunks: Callable[[int], Any]
-    ) -> dict[str, str]:
+    def _write_files(self, partial: Path, files: Sequence[ShardFile], chunks: Callable[[int], Any]) -> dict[str, str]:
         """Each file's digest."""
         if not partial.is_dir():
             raise OSError(f"{partial} is not there; output_dir must be on storage that all nodes share")
@@ -163,6 +161,6 @@ def _attempt(work: Callable[[], object]) -> str | None:
     """What went wrong, for all processes: one that said nothing would leave them waiting."""
     try:
         work()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  # told by `wait`, everywhere
         return str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
     return None

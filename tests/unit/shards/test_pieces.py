@@ -1,5 +1,6 @@
 """Pieces and their files: every number is written once, and read into any other division."""
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -28,7 +29,7 @@ def cut(name: str, tensor: torch.Tensor, edges: list[int]) -> list[Piece]:
     places = [0, *edges, flat.numel()]
     return [
         Piece(name, tuple(tensor.shape), start, flat[start:stop].clone())
-        for start, stop in zip(places, places[1:], strict=False)
+        for start, stop in itertools.pairwise(places)
         if start < stop
     ]
 
