@@ -216,7 +216,7 @@ def load_whole_files() -> None:
     truth = load_file(OUT / "fsdp.safetensors")
     folder = OUT / "whole"
     if RANK == 0:
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         for group in ("weights", "optimizer", "ema"):
             part = {n.removeprefix(f"{group}."): t for n, t in truth.items() if n.startswith(f"{group}.")}
             save_file(part, folder / f"{group}.safetensors")
@@ -237,5 +237,6 @@ if __name__ == "__main__":
         check_digests_are_shared_out()
     else:
         load_cases()
+    dist.barrier()
     assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
     dist.destroy_process_group()
