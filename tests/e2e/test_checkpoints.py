@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import CogVideoXPipeline
 from safetensors.torch import load_file
 
 from cogtune.shards.stored import StoredTensors
@@ -137,7 +138,11 @@ def test_killed_while_a_checkpoint_is_written_beside_training_it_resumes_exactly
 
 @pytest.mark.parametrize("asynchronous", ["on", "off"])
 def test_a_full_disk_ends_the_run_and_keeps_the_older_checkpoint(
-    asynchronous: str, options: Callable[..., list[str]], run_command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    asynchronous: str,
+    options: Callable[..., list[str]],
+    run_command: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     from cogtune.shards import writer
 
@@ -166,3 +171,44 @@ def test_the_plan_says_how_checkpoints_are_written(options: Callable[..., list[s
     assert "written while training waits" in outcome.out
     outcome = run_command("train/lora.py", *options("run", checkpoint__asynchronous="on"))
     assert outcome.code == 2 and "checkpoint.asynchronous=on: is for full fine-tuning" in outcome.err
+
+
+@pytest.mark.parametrize("part", [False, True])
+def test_a_checkpoint_becomes_a_pipeline(
+    part: bool,
+    options: Callable[..., list[str]],
+    run_command: Any,
+    read_tensors: Any,
+    tiny_folder: Path,
+    tmp_path: Path,
+) -> None:
+    changes = {"train__trained_weights": '["last 1 blocks"]'} if part else {"train__ema_decay": 0.9}
+    assert run_command(SFT, *options("run", **changes)).code == 0
+    step = tmp_path / "run/checkpoints/step-000002"
+    names = {"default": [], "raw": ["--raw-weights"], "cast": ["--dtype", "bfloat16"]}
+    for name, extra in names.items():
+        outcome = run_command("scripts/convert.py", "checkpoint", step, tmp_path / name, "--base", tiny_folder, *extra)
+        assert outcome.code == 0, outcome.err
+    saved = read_tensors(step)
+    before = load_file(tiny_folder / "transformer/diffusion_pytorch_model.safetensors")
+    for name, kind in (("default", "weights" if part else "ema"), ("raw", "weights"), ("cast", "ema")):
+        state = CogVideoXPipeline.from_pretrained(tmp_path / name).transformer.state_dict()
+        for key, tensor in state.items():
+            expected = saved.get(f"{kind}.{key}", saved.get(f"weights.{key}", before.get(key)))
+            assert expected is None or torch.equal(tensor, expected.bfloat16().float() if name == "cast" else expected)
+    assert not torch.equal(
+        saved["weights.transformer_blocks.1.ff.net.2.weight"], before["transformer_blocks.1.ff.net.2.weight"]
+    )
+
+    def refused(*arguments: object) -> str:
+        outcome = run_command("scripts/convert.py", "checkpoint", *arguments)
+        assert outcome.code == 2 and not (tmp_path / "out").exists(), outcome.err
+        return outcome.err
+
+    damaged = next(step.glob("weights-*"))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    assert "is damaged" in refused(step, tmp_path / "out", "--base", tiny_folder)
+    if not part:
+        assert run_command("train/lora.py", *options("lora")).code == 0
+        lora = tmp_path / "lora/checkpoints/step-000004"
+        assert "holds an adapter" in refused(lora, tmp_path / "out", "--base", tiny_folder)
