@@ -65,12 +65,17 @@ class ShardFile:
 def lay_out(pieces: Iterable[Piece], *, rank: int, max_bytes: int = MAX_FILE_BYTES) -> list[ShardFile]:
     """This process's files; a piece named `weights.x` goes to `weights-<rank>-<number>.safetensors`."""
     groups: dict[str, list[list[Piece]]] = {}
+    sizes: dict[str, int] = {}
     # Larger numbers first: then every piece lies at a multiple of its numbers' size.
     for piece in sorted(pieces, key=lambda piece: -piece.data.element_size()):
-        files = groups.setdefault(piece.name.partition(".")[0], [[]])
-        if files[-1] and sum(other.num_bytes for other in files[-1]) + piece.num_bytes > max_bytes:
+        group = piece.name.partition(".")[0]
+        files = groups.setdefault(group, [[]])
+        size = sizes.get(group, 0) + piece.num_bytes
+        if files[-1] and size > max_bytes:
             files.append([])
+            size = piece.num_bytes
         files[-1].append(piece)
+        sizes[group] = size
     return [
         ShardFile(f"{group}-{rank:05d}-{number:04d}.safetensors", tuple(file))
         for group, files in sorted(groups.items())

@@ -55,6 +55,10 @@ class CheckpointWriter:
         if self._asynchronous:
             self._snapshot.prepare(self._lay_out(tensors))
 
+    def wait_until_prepared(self) -> None:
+        """Until the host memory is there."""
+        self._snapshot.wait()
+
     def _lay_out(self, tensors: Mapping[str, Tensor | Piece]) -> list[ShardFile]:
         rank, size = self._ranks.rank, self._ranks.world_size
         pieces = {name: find_piece(name, tensor, rank=rank, world_size=size) for name, tensor in tensors.items()}
