@@ -8,9 +8,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
 @dataclass(frozen=True)
@@ -47,27 +47,29 @@ class Piece:
         return (self.data.numel(),), (self.start,)
 
 
+@torch.no_grad()  # so that a `DTensor` gives its part without a graph
 def find_piece(name: str, tensor: Tensor | Piece, *, rank: int = 0, world_size: int = 1) -> Piece:
     """This process's piece. A tensor without placement is the same on every process of `world_size`."""
     if isinstance(tensor, Piece):
         return tensor
     if not isinstance(tensor, DTensor):
-        data = tensor.detach()
-        return Piece(name, tuple(data.shape), 0, _flat(data), copy=rank, num_copies=world_size)
-    placements, mesh = tensor.placements, tensor.device_mesh
-    kinds = [placement for placement in placements if not isinstance(placement, Replicate)]
-    assert all(isinstance(kind, Shard) and kind.dim == 0 for kind in kinds), f"{name}: {placements}"
-    _, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
-    row = math.prod(tensor.shape[1:])
-    start = offsets[0] * row if offsets else 0
-    local = tensor.to_local().detach()
-    copy, num_copies = 0, 1
-    coordinate = mesh.get_coordinate()
-    assert coordinate is not None
-    for placement, place, size in zip(placements, coordinate, mesh.shape, strict=True):
+        return Piece(name, tuple(tensor.shape), 0, _flat(tensor.detach()), copy=rank, num_copies=world_size)
+    mesh = tensor.device_mesh
+    places = mesh.get_coordinate()
+    assert places is not None
+    shape, local = tuple(tensor.shape), tensor.to_local().detach()
+    first, count, copy, num_copies = 0, shape[0] if shape else 1, 0, 1
+    for placement, place, size in zip(tensor.placements, places, mesh.shape, strict=True):
         if isinstance(placement, Replicate):
             copy, num_copies = copy * size + place, num_copies * size
-    return Piece(name, tuple(tensor.shape), start if local.numel() else 0, _flat(local), copy, num_copies)
+            continue
+        assert isinstance(placement, Shard) and placement.dim == 0, f"{name}: {tensor.placements}"
+        rows = -(-count // size)  # as `torch.chunk` divides: the last ones get less, or nothing
+        start = min(count, place * rows)
+        first, count = first + start, min(rows, count - start)
+    row = math.prod(shape[1:])
+    assert local.numel() == count * row, f"{name}: {tuple(local.shape)} of {shape} as {tensor.placements}"
+    return Piece(name, shape, first * row if local.numel() else 0, _flat(local), copy, num_copies)
 
 
 def _flat(tensor: Tensor) -> Tensor:
