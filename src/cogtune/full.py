@@ -61,7 +61,7 @@ class TrainedModel:
 
     def initial(self) -> Tensors:
         """The weights of the base model's files, in their precision."""
-        return open_safetensors(self._facts.folder / "transformer")
+        return open_component(self._facts.folder, "transformer")[1]
 
     def save(self, folder: Path, weights: Mapping[str, torch.Tensor], *, trained: bool) -> None:
         """The weights, for resuming."""
