@@ -1,9 +1,10 @@
-"""Measures training, generation, preparation and attention on this machine, with random weights.
+"""Measures training, generation, preparation, attention, memory and checkpoints on this machine, with random weights.
 
     python scripts/bench.py train --model cogvideox-5b --baseline diffusers --json train.json
     python scripts/bench.py attention
     python scripts/bench.py generate ...
     python scripts/bench.py prepare ...
+    torchrun --nproc_per_node 2 scripts/bench.py checkpoint
     python scripts/bench.py memory --caps 24,16,12,8,6 --job lora
     python scripts/bench.py scale --gpus 2
 
@@ -23,6 +24,7 @@ SUBJECTS = {
     "prepare": "preparation",
     "memory": "memory",
     "scale": "scale",
+    "checkpoint": "checkpoint",
 }
 
 

@@ -170,6 +170,20 @@ def execute() -> Callable[..., int]:
     return _execute
 
 
+def _read_checkpoint_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole, whoever wrote it."""
+    from cogtune.shards.stored import StoredTensors
+
+    stored = StoredTensors(folder)
+    return {name: stored.read(name) for name in stored.tensors}
+
+
+@pytest.fixture(scope="session")
+def read_tensors() -> Callable[[Path], dict[str, torch.Tensor]]:
+    """Reads a checkpoint's tensors: `weights.<name>`, `optimizer.<name>.<key>`, `ema.<name>`."""
+    return _read_checkpoint_tensors
+
+
 @pytest.fixture
 def run_command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """Like `execute`, with what the command prints.

@@ -1,4 +1,4 @@
-"""Fine-tunes all of the transformer's weights on clips and captions.
+"""Fine-tunes all of the transformer's weights, or a part of them, on clips and captions.
 
 accelerate launch train/sft.py --config configs/sft/cogvideox-2b.yaml --data.manifest=clips/ [--dry-run]
 python train/sft.py --config ...                      the same on one device
@@ -44,6 +44,7 @@ def main() -> None:
         on_host=plan.memory.on_host,
         in_float32=not plan.memory.eight_bit,
         device=accelerator.device,
+        trained=set(plan.trained_names),
     )
     if not run.train(model):
         exit_after_signal(run)

@@ -257,6 +257,8 @@ class TrainedAdapter:
         self._keys = {name: keys[id(parameter)] for name, parameter in own.items()}  # PEFT's, by parameter
         self._shapes = {keys[id(p)]: tuple(p.shape) for p in own.values()}  # before any is sharded
 
+    in_shards = False
+
     def base(self) -> contextlib.AbstractContextManager[None]:
         """The transformer is the base model inside."""
         return without_adapter(self.transformer)
@@ -280,9 +282,9 @@ class TrainedAdapter:
         state = _read_same_adapter(folder, self._shapes)
         return hold(str(folder), {name: state[key] for name, key in self._keys.items()})
 
-    def export(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    def export(self, folder: Path, weights: Tensors) -> None:
         """The final weights: what every checkpoint holds."""
-        self.save(folder, weights, trained=True)
+        self.save(folder, {name: weights.read(name) for name in weights.specs}, trained=True)
 
 
 def find_adapter_file(path: Path) -> Path:

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError
 
@@ -31,6 +31,24 @@ class Checkpoint:
     """What the loop saved beside the weights: plain JSON values."""
 
 
+class Exchange(Protocol):
+    """Processes that share the work of checking, as `shards.ranks.Ranks` does."""
+
+    @property
+    def rank(self) -> int:
+        """This process's number."""
+        ...
+
+    @property
+    def world_size(self) -> int:
+        """How many there are."""
+        ...
+
+    def first_error(self, error: str | None) -> str | None:
+        """Anybody's error, on all of them."""
+        ...
+
+
 class CheckpointFolder:
     """`<output_dir>/checkpoints`: saves, rotates and finds checkpoints."""
 
@@ -42,45 +60,70 @@ class CheckpointFolder:
 
         Raises `UserError` where the disk refuses; every older checkpoint is then still there.
         """
-        final = self.folder / f"step-{step:06d}"
-        partial = self.folder / f"{_PARTIAL}{final.name}"
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            partial = self.begin(step)
             write(partial)
             files = sorted(path for path in partial.rglob("*") if path.is_file())
-            manifest = {
-                "step": step,
-                "state": state,
-                "files": {str(path.relative_to(partial)): _sync_and_digest(path) for path in files},
-            }
-            _write_synced(partial / MANIFEST, json.dumps(manifest, indent=1))
-            if final.exists():
-                shutil.rmtree(final)
-            partial.rename(final)
-            _sync_folder(self.folder)
+            digests = {str(path.relative_to(partial)): _sync_and_digest(path) for path in files}
+            return self.complete(step, state, digests)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            kept = ", ".join(path.name for path in self._folders()) or "none"
-            raise UserError(
-                f"checkpoint at step {step}: cannot be written to {self.folder} ({error}); free some space "
-                f"and start again, the run resumes (complete checkpoints: {kept})"
-            ) from None
+            self.discard(step)
+            raise UserError(self.explain(step, str(error))) from None
+
+    def partial(self, step: int) -> Path:
+        """The temporary folder of a checkpoint that is being written."""
+        return self.folder / f"{_PARTIAL}step-{step:06d}"
+
+    def place(self, step: int) -> Path:
+        """The folder of a complete checkpoint."""
+        return self.folder / f"step-{step:06d}"
+
+    def begin(self, step: int) -> Path:
+        """Makes the temporary folder, empty."""
+        partial = self.partial(step)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        return partial
+
+    def complete(self, step: int, state: dict[str, Any], digests: dict[str, str]) -> Path:
+        """Writes the manifest of synced files, puts the folder in place, and deletes what is too old."""
+        partial, final = self.partial(step), self.place(step)
+        manifest = {"step": step, "state": state, "files": dict(sorted(digests.items()))}
+        _write_synced(partial / MANIFEST, json.dumps(manifest, indent=1))
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        _sync_folder(self.folder)
         for old in self._folders()[: -self._keep_last]:
             if old != final:
                 shutil.rmtree(old, ignore_errors=True)
         return final
+
+    def discard(self, step: int) -> None:
+        """Deletes the temporary folder."""
+        shutil.rmtree(self.partial(step), ignore_errors=True)
+
+    def explain(self, step: int, error: str) -> str:
+        """What to tell where a checkpoint can't be written."""
+        kept = ", ".join(path.name for path in self._folders()) or "none"
+        return (
+            f"checkpoint at step {step}: cannot be written to {self.folder} ({error}); free some space "
+            f"and start again, the run resumes (complete checkpoints: {kept})"
+        )
 
     def _folders(self) -> list[Path]:
         """Folders with a manifest, oldest first."""
         found = [path for path in self.folder.glob("step-*") if (path / MANIFEST).is_file()]
         return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
-    def find_newest(self, report: Callable[[str], None]) -> Checkpoint | None:
-        """The newest checkpoint whose every file is as written; damaged ones are reported and passed over."""
+    def find_newest(self, report: Callable[[str], None], ranks: Exchange | None = None) -> Checkpoint | None:
+        """The newest checkpoint whose every file is as written; damaged ones are reported and passed over.
+
+        `ranks` check together, and come to the same.
+        """
         for folder in reversed(self._folders()):
             try:
-                return read_checkpoint(folder)
+                return read_checkpoint(folder, ranks)
             except UserError as error:
                 report(f"{error}; falling back to the one before")
         return None
@@ -91,19 +134,36 @@ class CheckpointFolder:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """Checks a checkpoint's files against its manifest; raises `UserError` where one differs."""
+def read_checkpoint(folder: Path, ranks: Exchange | None = None) -> Checkpoint:
+    """Checks a checkpoint's files against its manifest; raises `UserError` where one differs.
+
+    `ranks` share the files out, and all raise what one finds.
+    """
+    checkpoint, error = None, None
+    try:
+        checkpoint = _check_files(folder, 0 if ranks is None else ranks.rank, 1 if ranks is None else ranks.world_size)
+    except UserError as found:
+        error = str(found)
+    if ranks is not None:
+        error = ranks.first_error(error)
+    if checkpoint is None or error is not None:
+        raise UserError(error)
+    return checkpoint
+
+
+def _check_files(folder: Path, first: int, every: int) -> Checkpoint:
+    """Digests every `every`-th file, beginning with `first`."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        files = manifest["files"].items()
+        files = sorted(manifest["files"].items())
         step, state = int(manifest["step"]), manifest["state"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{folder}: no complete {MANIFEST}; not a finished checkpoint") from None
-    for name, digest in files:
-        path = folder / name
-        if not path.is_file():
+    for name, _ in files:
+        if not (folder / name).is_file():
             raise UserError(f"{folder}: {name} is missing")
-        if digest_bytes(path) != digest:
+    for name, digest in files[first::every]:
+        if digest_bytes(folder / name) != digest:
             raise UserError(f"{folder}: {name} is damaged (its digest differs from the manifest's)")
     return Checkpoint(folder, step, state)
 

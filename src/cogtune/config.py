@@ -126,8 +126,13 @@ class TrainSettings(Section):
     which is what guidance samples against."""
     timestep_strata: Positive = 16
     """This many consecutive samples cover the timesteps evenly, one in each part; 1: independent draws."""
+    trained_weights: Annotated[list[str], Field(min_length=1)] | None = None
+    """Full fine-tuning: train these weights alone and freeze the others in `model.dtype`; null: all. `attention`, `last
+    4 blocks`, or the ends of names or regular expressions as in adapter.target_modules (docs/sft.md)."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Average the trained weights with this decay, for validation and the final weights; null: don't."""
+    ema_on_host: bool = False
+    """Keep and update that average in host memory, beside the next step; the same result up to rounding."""
     prior_target: Literal["auto", "base", "clip"] = "auto"
     """What clips marked `prior` in the manifest are trained towards: what the base model predicts for them, which holds
     its other abilities in place without their noise (LoRA only; one more forward pass for such a clip), or the clips
@@ -195,6 +200,9 @@ class CheckpointSettings(Section):
     """Interval in steps; null: not by steps."""
     every_minutes: Annotated[float, Field(gt=0)] | None = None
     """Interval in minutes of training; null: not by time."""
+    asynchronous: Literal["auto", "on", "off"] = "auto"
+    """Full fine-tuning: write checkpoints beside training, from a copy in host memory; auto: where the plan says that
+    there is enough of it (docs/checkpoints.md)."""
     keep_last: Positive = 3
     """Complete checkpoints kept; older ones are deleted after a new one is complete."""
     resume: str = "auto"
@@ -266,6 +274,8 @@ class RunConfig(BaseSettings):
     def _settings_agree(self) -> "RunConfig":
         if self.data.validation_manifest is not None and self.data.validation_clips:
             raise ValueError("data.validation_manifest and data.validation_clips exclude each other; give one")
+        if self.train.ema_on_host and self.train.ema_decay is None:
+            raise ValueError("train.ema_on_host=true: has no effect without train.ema_decay; set it, or remove this")
         data = self.data
         if data.buckets and data.bucket_tokens:
             raise ValueError("data.buckets and data.bucket_tokens exclude each other; give one")

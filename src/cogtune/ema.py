@@ -1,28 +1,95 @@
-"""An exponential moving average of the trained weights, float32, used for validation and for the final weights."""
+"""An exponential moving average of the trained weights, float32, used for validation and for the final weights.
+
+Each process averages what it has of the weights. The average is on the device (an update reads and writes 12 bytes a
+weight there), or on the host: then weights leave in pieces while the next step computes, a thread takes them in, and
+the device has no copy. Both ways compute the same expression.
+"""
 
 import contextlib
-from collections.abc import Iterator
-from pathlib import Path
+import math
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
-from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-_NAME = "ema.safetensors"
+from cogtune.shards.pieces import Piece, find_piece, local_part
+from cogtune.streaming.host import HostBuffer
+
+CHUNK_NUMBERS = 1 << 24
+"""Weights that leave for the host at once: two page-locked buffers of 64 MiB."""
 
 
 class Ema:
     """Follows the parameters; early on with a shorter memory, so that the random start is forgotten."""
 
-    def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float) -> None:
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float, *, on_host: bool = False) -> None:
+        """`on_host`: the average is kept and updated in host memory; call `wait` before the weights change."""
         self._parameters, self._decay = parameters, decay
-        self._average = {name: p.detach().clone().float() for name, p in parameters.items()}
+        first = [local_part(p.detach()) for p in parameters.values()]
+        self._average = {
+            name: part.to("cpu" if on_host else part.device, torch.float32, copy=True)
+            for name, part in zip(parameters, first, strict=True)
+        }
+        devices = {part.device for part in first if part.device.type == "cuda"}
+        self._device = devices.pop() if devices else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ema") if on_host else None
+        self._update: Future[None] | None = None
+        if on_host and self._device is not None:
+            self._leaving = torch.cuda.Stream(self._device)
+            self._buffers = [HostBuffer(4 * CHUNK_NUMBERS, page_locked=True) for _ in range(2)]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Takes in the weights after optimizer step `step` (counted from 1)."""
-        decay = min(self._decay, (1 + step) / (10 + step))
-        current = [p.detach().float() for p in self._parameters.values()]
-        torch._foreach_lerp_(list(self._average.values()), current, 1.0 - decay)
+        weight = 1.0 - min(self._decay, (1 + step) / (10 + step))
+        current = [local_part(p.detach()) for p in self._parameters.values()]
+        averages = list(self._average.values())
+        if self._thread is None:
+            torch._foreach_lerp_(averages, [part.float() for part in current], weight)
+            return
+        self.wait()
+        stepped = None
+        if self._device is not None:
+            stepped = torch.cuda.Event()
+            stepped.record(torch.cuda.current_stream(self._device))
+        self._update = self._thread.submit(self._update_on_host, averages, current, weight, stepped)
+
+    def wait(self) -> None:
+        """Until the weights may change, and the average may be read."""
+        if self._update is not None:
+            self._update.result()
+            self._update = None
+
+    @torch.no_grad()
+    def _update_on_host(
+        self, averages: list[Tensor], current: list[Tensor], weight: float, stepped: torch.cuda.Event | None
+    ) -> None:
+        """In the thread: while one piece is averaged the next one leaves the device."""
+        pairs = (
+            pair
+            for average, part in zip(averages, current, strict=True)
+            for pair in zip(_split(average), _split(part), strict=True)
+        )
+        if stepped is None:
+            for average, part in pairs:
+                average.lerp_(part.float(), weight)
+            return
+        self._leaving.wait_event(stepped)
+        waiting: tuple[Tensor, Tensor, torch.cuda.Event] | None = None
+        for index, (average, part) in enumerate(pairs):
+            staged = self._buffers[index % 2].bytes[: part.numel() * part.element_size()].view(part.dtype)
+            with torch.cuda.stream(self._leaving):
+                staged.copy_(part, non_blocking=True)
+                left = torch.cuda.Event()
+                left.record(self._leaving)
+            if waiting is not None:
+                _take_in(*waiting, weight)
+            waiting = (average, staged, left)
+        if waiting is not None:
+            _take_in(*waiting, weight)
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -35,17 +102,47 @@ class Ema:
 
     @torch.no_grad()
     def _exchange(self) -> None:
+        self.wait()
         for name, parameter in self._parameters.items():
-            own = parameter.detach().clone()
-            parameter.copy_(self._average[name])
+            part = local_part(parameter.detach())
+            own = part.clone()
+            part.copy_(self._average[name])
             self._average[name].copy_(own)
 
-    def save(self, folder: Path) -> None:
-        """Writes the average into a checkpoint folder."""
-        save_file({name: tensor.cpu().contiguous() for name, tensor in self._average.items()}, folder / _NAME)
+    def pieces(self, *, rank: int = 0, world_size: int = 1) -> dict[str, Piece]:
+        """This process's part of the average by `ema.<name>`, sharing its memory."""
+        self.wait()
+        found = {}
+        for name, parameter in self._parameters.items():
+            place = find_piece(f"ema.{name}", parameter, rank=rank, world_size=world_size)
+            found[place.name] = replace(place, data=self._average[name].view(-1))
+        return found
 
-    def load(self, folder: Path) -> None:
-        """Reads what `save` wrote."""
-        saved = load_file(folder / _NAME)
-        for name, tensor in self._average.items():
-            tensor.copy_(saved[name])
+    def read(self) -> dict[str, Tensor]:
+        """The whole average in host memory, perhaps sharing it; where weights are sharded, every process calls it."""
+        self.wait()
+        whole = {}
+        for name, parameter in self._parameters.items():
+            average = self._average[name]
+            if isinstance(parameter, DTensor):
+                mesh, placements = parameter.device_mesh, parameter.placements
+                shape, stride = parameter.shape, parameter.stride()
+                part = average.to(mesh.device_type)
+                average = DTensor.from_local(part, mesh, placements, shape=shape, stride=stride).full_tensor()
+            whole[name] = average.cpu().contiguous()
+        return whole
+
+    def write(self, whole: Mapping[str, Tensor]) -> None:
+        """Puts back what `read` gave."""
+        for piece in self.pieces().values():
+            piece.data.copy_(whole[piece.name.removeprefix("ema.")].reshape(-1)[piece.start : piece.stop])
+
+
+def _split(tensor: Tensor) -> tuple[Tensor, ...]:
+    count = math.ceil(tensor.numel() / CHUNK_NUMBERS)
+    return tensor.view(-1).split(CHUNK_NUMBERS) if count else ()
+
+
+def _take_in(average: Tensor, staged: Tensor, left: torch.cuda.Event, weight: float) -> None:
+    left.synchronize()
+    average.lerp_(staged.float(), weight)

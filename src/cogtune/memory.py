@@ -10,6 +10,7 @@ import torch
 
 from cogtune.eight_bit import BLOCK
 from cogtune.eight_bit_adamw import CHUNK
+from cogtune.ema import CHUNK_NUMBERS
 from cogtune.execution import Activations
 from cogtune.models import ModelFacts
 from cogtune.parallel.footprint import Sizes, count_footprint
@@ -54,6 +55,10 @@ EIGHT_BIT_STATE_BYTES = 2 * (1 + 4 / BLOCK)
 """A trained weight's two moments in 8 bits with their scales. Counted."""
 UPDATE_BYTES = 50
 """For each number of a piece that is updated inside the backward pass, uncompiled. Counted."""
+EMA_BYTES = 4
+"""A trained weight's float32 average. Counted."""
+EMA_STAGING_BYTES = 8 * CHUNK_NUMBERS
+"""Two page-locked buffers through which weights leave for an average on the host. Counted."""
 TRAINED_BYTES = 16
 """A trained weight in float32, its gradient and two moments. Counted."""
 ACTIVATIONS_FAST_TO_SLOW: tuple[Activations, ...] = ("keep_all", "keep_products", "keep_attention", "recompute")
@@ -138,6 +143,10 @@ def predict(
     num_encoder: int = 0,
     image_pixels: int = 0,
     num_block_parameters: int = 0,
+    num_block_trained: int | None = None,
+    ema_bytes: int = 0,
+    ema_on_host: bool = False,
+    full: bool = False,
     num_resident: int | None = None,
     num_offloaded: int = 0,
     on_host: bool = False,
@@ -150,7 +159,8 @@ def predict(
     `num_encoder`: parameters of the autoencoder's encoder, which encodes images of `image_pixels` before the forward
     pass, when nothing else is kept yet (image-to-video). `num_block_parameters` are in each block, and `num_resident`
     of the blocks are not streamed. `on_host`: all are trained, and the device has copies of two blocks, and the
-    gradients of two. `eight_bit`: all are trained, without float32 weights, and the device has one block's gradients.
+    gradients of two. `eight_bit`: none of the trained ones has a float32 copy, and the device has the gradients of one
+    block (`num_block_trained`; default: `num_block_parameters`). `ema_bytes`: an average of the trained weights.
     """
     size = element_bytes(dtype)
     unit = activation_bytes(facts, tokens, batch_size, dtype)
@@ -170,13 +180,17 @@ def predict(
         weights, trainable = outside + DEFAULT_SLOTS * block, outside + GRADIENTS_AT_ONCE * block
         host += num_trainable * (2 * size + HOST_OPTIMIZER_BYTES)
     if eight_bit:
-        weights = num_trainable * size
-        gradients = num_block_parameters * size
+        weights += num_trainable * size
+        gradients = (num_block_parameters if num_block_trained is None else num_block_trained) * size
         trainable = int(num_trainable * EIGHT_BIT_STATE_BYTES) + gradients + CHUNK * UPDATE_BYTES
     if strategy is not None and (strategy.is_fsdp or strategy.is_deepspeed):
-        sizes = Sizes(num_parameters, num_trainable, num_block_parameters, facts.num_layers)
+        sizes = Sizes(num_parameters, num_trainable, num_block_parameters, facts.num_layers, full=full)
         divided = count_footprint(strategy, sizes, size)
         weights, trainable, host = divided.weights, divided.trained, divided.host
+        # Each process averages its part; whole copies under ZeRO 1 and 2, where the average is refused.
+        ema_bytes = -(-ema_bytes // strategy.num_shards)
+    trainable += 0 if ema_on_host else ema_bytes
+    host += ema_bytes + EMA_STAGING_BYTES if ema_on_host else 0
     kept = int(at_once * kept_by_block)
     encoding = int(ENCODER_UNITS * batch_size * image_pixels * ENCODER_CHANNELS * size) if num_encoder else 0
     return MemoryPlan(

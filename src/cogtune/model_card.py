@@ -50,7 +50,7 @@ tags: [cogvideox, {task}, cogtune]
 
 # {title}
 
-{base}, all of its transformer fine-tuned with cogtune on {num_clips} clip(s): {steps} steps of {batch} sample(s),
+{base}, {part} of its transformer fine-tuned with cogtune on {num_clips} clip(s): {steps} steps of {batch} sample(s),
 learning rate {learning_rate:g} ({schedule}).{average}{optimizer}
 
 ```python
@@ -114,6 +114,7 @@ def make_model_card(
 ) -> str:
     """README.md of a fully fine-tuned pipeline folder; `eight_bit`: AdamW's state was kept so."""
     row, decay = VARIANTS.get(facts.variant), config.train.ema_decay
+    trained = config.train.trained_weights
     base = row.hub_name if row and row.hub_name else config.model.path
     return _MODEL_CARD.format(
         base=base,
@@ -125,6 +126,7 @@ def make_model_card(
         learning_rate=config.optimizer.learning_rate,
         schedule=config.schedule.name,
         **_name_task(facts),
+        part="all" if trained is None else f"a part ({', '.join(f'`{pattern}`' for pattern in trained)})",
         average=f" The weights are an average with decay {decay:g}." if decay else "",
         optimizer="\nThe weights were bfloat16 while training, AdamW's state 8 bits." if eight_bit else "",
     )

@@ -44,7 +44,12 @@ def check_optimizer(config: RunConfig, dtype: torch.dtype, *, full: bool) -> Non
 
 def _why_not_on_host(config: RunConfig, dtype: torch.dtype) -> str:
     """What keeps a full fine-tuning's optimizer off the host; empty where nothing does."""
-    reasons = {"float16 needs loss scaling; set model.dtype=bfloat16": dtype == torch.float16}
+    reasons = {
+        "float16 needs loss scaling; set model.dtype=bfloat16": dtype == torch.float16,
+        "with train.trained_weights the frozen weights are what can wait on the host (memory.resident_blocks)": (
+            config.train.trained_weights is not None
+        ),
+    }
     return _join(reasons | _only_after_the_backward_pass(config))
 
 

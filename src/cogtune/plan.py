@@ -19,6 +19,7 @@ from cogtune.frozen import count_float8_parameters
 from cogtune.ladder import BlockTimes, choose_rung, describe_rungs, list_rungs, predict_seconds, sort_rungs
 from cogtune.machine import Machine, measure_machine
 from cogtune.memory import (
+    EMA_BYTES,
     GIB,
     KEPT_UNITS,
     MemoryPlan,
@@ -31,7 +32,9 @@ from cogtune.models import ModelFacts
 from cogtune.optimizer_ways import check_optimizer, list_optimizer_ways
 from cogtune.parallel.compatibility import check_strategy
 from cogtune.parallel.strategy import Strategy, read_strategy
+from cogtune.shards.plan import count_saved_bytes, decide_asynchronous
 from cogtune.streaming.host import free_host_bytes
+from cogtune.trained_weights import choose_trained, count_frozen_in_blocks
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,20 @@ class TrainingPlan(DataPlan):
     """Frozen weights that are multiplied by in float8."""
     autocast: bool
     """Float32 weights computed with in `dtype`: full fine-tuning in low precision."""
+    full: bool
+    """The model's own weights are trained, not an adapter's."""
+    trained_names: list[str]
+    """Which of them: all, or those of `train.trained_weights`."""
+    saves_beside_training: bool
+    """Checkpoints are written from a copy in host memory."""
+    saved_bytes: int
+    """Of a checkpoint of full fine-tuning, in each process's files."""
 
     @property
     def hold_prior(self) -> bool:
         """Whether prior clips are trained towards the base model's predictions."""
         there = any(clip.prior and clip.weight for clip in self.train_clips)
-        return there and self.num_parameters > 0 and self.config.train.prior_target != "clip"
+        return there and not self.full and self.config.train.prior_target != "clip"
 
     @property
     def global_batch(self) -> int:
@@ -79,7 +90,7 @@ class TrainingPlan(DataPlan):
             "precision": f"{str(self.dtype)[6:]} base on {self.device.type}, "
             f"{'bfloat16' if self.memory.eight_bit else 'float32'} trained weights",
             "parameters": f"{self.num_parameters:,} frozen, {self.num_trainable:,} trained "
-            f"({100 * self.num_trainable / (self.num_parameters or self.num_trainable):.2f} %)",
+            f"({100 * self.num_trainable / self._num_model:.2f} %)",
             "clips": f"{len(self.train_clips)} to train on, {len(self.validation_clips)} held out",
             "format": self.describe_formats(),
             "tokens": f"{self.tokens:,} a sample" + (" at most" if len(self.formats) > 1 else ""),
@@ -107,9 +118,20 @@ class TrainingPlan(DataPlan):
                 "AdamW with 8-bit state, stepping inside the backward pass; weights are rounded stochastically, "
                 "gradients clipped by recent steps' norms (docs/memory.md): not the result of float32"
             )
+        if self.full and self.num_parameters:
+            rows["part"] = f"{len(self.trained_names)} tensors: {', '.join(config.train.trained_weights or [])}"
+        if self.full:
+            how = (
+                "beside training, from a copy in host memory" if self.saves_beside_training else "while training waits"
+            )
+            rows["checkpoints"] = f"{self.saved_bytes / 1e9:.2f} GB by each process, written {how}"
         if self.num_float8:
             rows["float8"] = f"products with {self.num_float8:,} of the frozen parameters"
         return "\n".join(f"{name:<11} {value}" for name, value in rows.items())
+
+    @property
+    def _num_model(self) -> int:
+        return self.num_trainable + self.num_parameters if self.full else self.num_parameters
 
     def _describe_rare_formats(self, num_epochs: float) -> str:
         """Formats whose clips don't fill a step in every epoch: when they first do, so that none is left out unsaid."""
@@ -136,6 +158,12 @@ class TrainingPlan(DataPlan):
 
 def make_adapter_plan(config: RunConfig) -> TrainingPlan:
     """The plan of a LoRA run; raises `UserError` for anything that can be known to fail."""
+    if config.train.trained_weights is not None:
+        raise UserError(
+            "train.trained_weights: is for full fine-tuning (train/sft.py); a LoRA has adapter.target_modules"
+        )
+    if config.checkpoint.asynchronous == "on":
+        raise UserError("checkpoint.asynchronous=on: is for full fine-tuning (train/sft.py); an adapter is small")
     data = make_data_plan(config)
     meta = _make_meta(data.facts)
     num_trainable = count_adapter_parameters(meta, config.adapter)
@@ -179,8 +207,17 @@ def make_full_plan(config: RunConfig) -> TrainingPlan:
             "train/lora.py"
         )
     data = make_data_plan(config)
-    num_parameters = sum(p.numel() for p in _make_meta(data.facts).parameters())
-    return _add_training(data, 0, num_parameters, 0)
+    shapes = {name: p.numel() for name, p in _make_meta(data.facts).named_parameters()}
+    trained = choose_trained(list(shapes), config.train.trained_weights, data.facts.num_layers)
+    num_trainable = sum(shapes[name] for name in trained)
+    frozen_in_block = count_frozen_in_blocks(shapes, trained, data.facts.num_layers)
+    num_frozen = sum(shapes.values()) - num_trainable
+    return _add_training(data, num_frozen, num_trainable, 0, trained=trained, frozen_in_block=frozen_in_block)
+
+
+def has_ema(config: RunConfig) -> bool:
+    """Whether the trained weights are averaged."""
+    return config.train.ema_decay is not None
 
 
 def _check_cuda_graph(data: DataPlan) -> None:
@@ -199,13 +236,22 @@ def _check_cuda_graph(data: DataPlan) -> None:
         raise UserError(f"train.cuda_graph: {'; '.join(wrong)}; or set train.cuda_graph=false")
 
 
-def _add_training(data: DataPlan, num_parameters: int, num_trainable: int, num_float8: int) -> TrainingPlan:
-    config = data.config
+def _add_training(
+    data: DataPlan,
+    num_parameters: int,
+    num_trainable: int,
+    num_float8: int,
+    *,
+    trained: list[str] | None = None,
+    frozen_in_block: int | None = None,
+) -> TrainingPlan:
+    """`trained`: names of the model's weights, in full fine-tuning."""
+    config, full = data.config, trained is not None
     refuse_missing_files([*data.train_clips, *data.validation_clips], config)
     _check_cuda_graph(data)
     strategy = read_strategy(os.environ)
-    check_strategy(config, strategy, data.dtype, full=num_parameters == 0)
-    check_optimizer(config, data.dtype, full=num_parameters == 0)
+    check_strategy(config, strategy, data.dtype, full=full)
+    check_optimizer(config, data.dtype, full=full)
     check_backend(
         config.train.attention,
         num_heads=data.facts.num_heads,
@@ -231,9 +277,16 @@ def _add_training(data: DataPlan, num_parameters: int, num_trainable: int, num_f
         num_float8=num_float8,
         image_pixels=max(form.height * form.width for form in data.formats),
         strategy=strategy,
+        full=full,
+        frozen_in_block=frozen_in_block,
     )
     memory = choose_rung(rungs, config.memory, free, free_host)
     compiled = {"on": True, "off": False, "auto": data.device.type == "cuda"}[config.train.compile]
+    saved_bytes = count_saved_bytes(num_trainable, eight_bit=memory.eight_bit, has_ema=has_ema(config))
+    saved_bytes //= strategy.num_processes
+    beside = full and decide_asynchronous(
+        config.checkpoint, num_bytes=saved_bytes, other_bytes=memory.host, free_host=free_host
+    )
     return TrainingPlan(
         **vars(data),
         world_size=strategy.num_processes,
@@ -248,9 +301,13 @@ def _add_training(data: DataPlan, num_parameters: int, num_trainable: int, num_f
         free_host=free_host,
         compiled=compiled,
         num_float8=num_float8,
-        autocast=num_parameters == 0
+        autocast=full
         and data.dtype != torch.float32
         and not (memory.on_host or memory.eight_bit or strategy.is_fsdp or strategy.is_deepspeed),
+        full=full,
+        trained_names=trained or [],
+        saves_beside_training=beside,
+        saved_bytes=saved_bytes,
     )
 
 
@@ -267,10 +324,17 @@ def list_training_rungs(
     num_float8: int = 0,
     image_pixels: int = 0,
     strategy: Strategy = Strategy(),  # noqa: B008  # immutable
+    full: bool | None = None,
+    frozen_in_block: int | None = None,
 ) -> list[MemoryPlan]:
-    """The ladder of a run; raises `UserError` for streaming where nothing can be streamed."""
+    """The ladder of a run; raises `UserError` for streaming where nothing can be streamed.
+
+    `full`: the model's own weights are trained; default: where none is frozen. `frozen_in_block`: the frozen numbers in
+    a block, where not all are.
+    """
     settings, batch_size = config.memory, config.train.batch_size
     frozen = bool(num_parameters)
+    full = not frozen if full is None else full
     divided = strategy.is_fsdp or strategy.is_deepspeed
     streamable = frozen and not config.train.cuda_graph and not divided
     asked = settings.resident_blocks != "auto" and settings.resident_blocks < facts.num_layers
@@ -298,7 +362,7 @@ def list_training_rungs(
             num_layers=facts.num_layers,
             block_bytes=num_block * element_bytes(dtype),
             kept_bytes=KEPT_UNITS[plan.activations] * unit,
-            weight_gradients=not frozen,
+            weight_gradients=full,
         )
 
     count = partial(
@@ -312,9 +376,13 @@ def list_training_rungs(
         num_float8=num_float8,
         num_encoder=models.count_image_encoder(facts),
         image_pixels=image_pixels,
-        num_block_parameters=num_block,
+        num_block_parameters=num_block if frozen_in_block is None or not frozen or divided else frozen_in_block,
+        num_block_trained=min(num_block, num_trainable),
+        ema_bytes=EMA_BYTES * num_trainable if has_ema(config) else 0,
+        ema_on_host=config.train.ema_on_host,
+        full=full,
         strategy=strategy,
     )
     shape = {"num_layers": facts.num_layers, "free_bytes": free_bytes, "streamable": streamable}
-    ways = [{}] if frozen or divided else list_optimizer_ways(config, dtype, free_bytes)
+    ways = list_optimizer_ways(config, dtype, free_bytes) if full and not divided else [{}]
     return sort_rungs([rung for way in ways for rung in list_rungs(partial(count, **way), time_of, settings, **shape)])

@@ -30,11 +30,15 @@ from cogtune.image_encoder import load_image_encoder
 from cogtune.machine import avoid_fragments
 from cogtune.memory import explain_out_of_memory
 from cogtune.parallel.assembly import divide_transformer, make_engine, place_transformer
+from cogtune.parallel.engine import Engine
 from cogtune.parallel.strategy import settings_of_our_own
 from cogtune.plan import TrainingPlan
 from cogtune.preparation import EncodedData
 from cogtune.report import write_report
-from cogtune.saving import Store, WholeSaver
+from cogtune.saving import Saver, Store, WholeSaver, read_final_weights
+from cogtune.shards.ranks import Ranks
+from cogtune.shards.saver import ShardedSaver, ShardedState
+from cogtune.shards.writer import CheckpointWriter
 from cogtune.tracking import MetricsLog
 from cogtune.trainer import Trained, Trainer
 from cogtune.validator import Validator
@@ -136,6 +140,8 @@ class Run:
         }
         self._ema: Ema | None = None
         self._store: Store | None = None
+        self._ranks = Ranks.connect()
+        self._newest: Path | None = None
         self.checkpoints = CheckpointFolder(self.folder / "checkpoints", keep_last=self.config.checkpoint.keep_last)
 
     def open_folder(self) -> Checkpoint | None:
@@ -145,9 +151,9 @@ class Run:
         """
         resume = self.config.checkpoint.resume
         # A path starts this run; what the run itself has saved since then is newer.
-        checkpoint = self.checkpoints.find_newest(self.accelerator.print)
+        checkpoint = self.checkpoints.find_newest(self.accelerator.print, self._ranks)
         if checkpoint is None and resume not in ("auto", "never"):
-            checkpoint = read_checkpoint(Path(resume))
+            checkpoint = read_checkpoint(Path(resume), self._ranks)
         if checkpoint is not None:
             self._check_same_run(checkpoint)
         self.accelerator.wait_for_everyone()
@@ -228,7 +234,8 @@ class Run:
             config=config.to_plain(),
         ) as log:
             if config.train.ema_decay is not None:
-                self._ema = Ema(trained.parameters(), config.train.ema_decay)
+                decay, on_host = config.train.ema_decay, config.train.ema_on_host
+                self._ema = Ema(trained.parameters(), decay, on_host=on_host)
             validate = Validator(
                 plan,
                 accelerator,
@@ -245,7 +252,7 @@ class Run:
                 engine=engine,
                 denoiser=denoiser,
                 make_loader=self._make_loader,
-                saver=WholeSaver(accelerator, self.checkpoints, trained, engine.store, self._ema),
+                saver=self._make_saver(trained, engine),
                 log=log,
                 validate=validate,
                 identity=self.identity,
@@ -257,7 +264,16 @@ class Run:
             finished = trainer.fit()
             if finished:
                 validate(trainer.step)
+            own = self.checkpoints.place(trainer.step)
+            self._newest = own if checkpoint is None or own.is_dir() else checkpoint.folder
         return finished
+
+    def _make_saver(self, trained: Trained, engine: Engine) -> Saver:
+        if not (trained.in_shards and engine.store.in_place):
+            return WholeSaver(self.accelerator, self.checkpoints, trained, engine.store, self._ema)
+        state = ShardedState(trained.parameters(), engine.optimizer, self._ema, self._ranks)
+        writer = CheckpointWriter(self.checkpoints, self._ranks, asynchronous=self.plan.saves_beside_training)
+        return ShardedSaver(state, writer, host=trained.host)
 
     def _when_to_ask_base(self) -> Literal["samples", "batch", "always"]:
         if self.config.train.cuda_graph or self.plan.strategy.shards_weights:
@@ -296,15 +312,13 @@ class Run:
 
     def finish(self, trained: Trained) -> None:
         """Writes `final/` and the report on the main process."""
-        assert self._store is not None, "a run is trained before it is finished"
-        final, partial = self.folder / "final", self.folder / ".partial-final"
-        with self._averaged_weights():
-            weights = self._store.read_weights()
-            if self.accelerator.is_main_process:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir()
-                trained.export(partial, weights)
+        assert self._store is not None and self._newest is not None, "a run is trained before it is finished"
+        weights = read_final_weights(trained, self._store, self._ema, self._newest)
         if self.accelerator.is_main_process:
+            final, partial = self.folder / "final", self.folder / ".partial-final"
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            trained.export(partial, weights)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             self.write_report()

@@ -4,6 +4,7 @@ A `Store` knows where the tensors are: whole on each device (`DeviceStore`), or 
 same whatever the store, weights by name and the optimizer's state, so that a run goes on under another strategy.
 """
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,9 +17,11 @@ from torch import Tensor
 from cogtune.checkpoint import CheckpointFolder
 from cogtune.ema import Ema
 from cogtune.errors import UserError
-from cogtune.formats.tensors import Tensors, open_safetensors
+from cogtune.formats.tensors import Tensors, hold
+from cogtune.shards.stored import StoredTensors
 
 OPTIMIZER = "optimizer.safetensors"
+EMA = "ema.safetensors"
 
 
 class Saved(Protocol):
@@ -26,6 +29,13 @@ class Saved(Protocol):
 
     host: Any
     """Weights in host memory (`host_training.HostWeights`), or None."""
+
+    in_shards: bool
+    """Whether checkpoints are written by all processes, beside training (`shards`), where the `Store` lets them."""
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The trained parameters by name."""
+        ...
 
     def save(self, folder: Path, weights: Mapping[str, Tensor], *, trained: bool) -> None:
         """Writes the trained weights, given by parameter, and what a user needs to use them."""
@@ -42,6 +52,10 @@ class Store(Protocol):
     Every process calls each method, in step. What is read is whole and in host memory, on the main process everything,
     on others maybe nothing; it may be the memory that is trained, so it is used before the next step.
     """
+
+    in_place: bool
+    """Whether `optimizer.state` has each parameter's state, whole or as `DTensor`s as the parameter: `shards` saves and
+    reads both where they are. Otherwise the `WholeSaver` does, through the methods here."""
 
     def read_weights(self) -> dict[str, Tensor]:
         """The weights, in the precision that they are trained in."""
@@ -71,6 +85,18 @@ class Saver(Protocol):
         """Saves weights, optimizer and the loop's `state` (plain JSON values)."""
         ...
 
+    def prepare(self) -> None:
+        """After the first step: takes what memory saving needs."""
+        ...
+
+    def has_failed(self) -> bool:
+        """Whether a save beside training failed, as far as this process knows; never waits."""
+        ...
+
+    def wait(self) -> None:
+        """Until what was saved is complete; raises `UserError`, on all processes, where it failed."""
+        ...
+
     def load(self, folder: Path) -> None:
         """Puts a checkpoint's weights and optimizer state back."""
         ...
@@ -78,6 +104,8 @@ class Saver(Protocol):
 
 class DeviceStore:
     """Weights and state that are whole on this process's device, or host."""
+
+    in_place = True
 
     def __init__(
         self,
@@ -154,20 +182,45 @@ class WholeSaver:
     def save(self, step: int, state: dict[str, Any]) -> None:
         """`Saver.save`."""
         weights, moments = self._store.read_weights(), self._store.read_optimizer()
+        averages = {} if self._ema is None else self._ema.read()
 
         def write(folder: Path) -> None:
             self._saved.save(folder, weights, trained=step > 0)
             save_file(moments, folder / OPTIMIZER)
-            if self._ema is not None:
-                self._ema.save(folder)
+            if averages:
+                save_file(averages, folder / EMA)
 
         if self._accelerator.is_main_process:
             self._checkpoints.save(step, state, write)
         self._accelerator.wait_for_everyone()
 
+    def prepare(self) -> None:
+        """`Saver.prepare`: nothing."""
+
+    def has_failed(self) -> bool:
+        """`Saver.has_failed`: `save` has raised what there was."""
+        return False
+
+    def wait(self) -> None:
+        """`Saver.wait`: `save` has waited."""
+
     def load(self, folder: Path) -> None:
-        """`Saver.load`."""
+        """`Saver.load`, from shards too."""
+        stored = StoredTensors(folder)
         self._store.write_weights(self._saved.read(folder))
-        self._store.write_optimizer(open_safetensors(folder / OPTIMIZER))
+        self._store.write_optimizer(stored.group("optimizer"))
         if self._ema is not None:
-            self._ema.load(folder)
+            averages = stored.group("ema")
+            self._ema.write({name: averages.read(name) for name in averages.specs})
+
+
+def read_final_weights(saved: Saved, store: Store, ema: Ema | None, newest: Path) -> Tensors:
+    """What `final/` gets, averaged where that is on; every process calls it.
+
+    A whole model's are read from the newest checkpoint tensor by tensor, so that no process holds them all.
+    """
+    if saved.in_shards:
+        return StoredTensors(newest).group("weights" if ema is None else "ema")
+    with contextlib.nullcontext() if ema is None else ema.swapped_in():
+        # An adapter is small; what is read may be the memory that the average leaves again.
+        return hold(str(newest), {name: tensor.clone() for name, tensor in store.read_weights().items()})

@@ -7,7 +7,7 @@ most one step ahead, so that all ranks agree on when to save and stop.
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,11 +47,7 @@ class Trained(Saved, Protocol):
         """Inside this context the transformer is the base model; None where that is not kept."""
         ...
 
-    def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """The trained parameters by name."""
-        ...
-
-    def export(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    def export(self, folder: Path, weights: Tensors) -> None:
         """Writes the final weights, given by parameter, into an empty folder, in the form that users load."""
         ...
 
@@ -114,6 +110,7 @@ class Trainer:
             self._validate(0)
         with (
             self._catch_signals(),
+            self._complete_saves(),
             Progress(
                 first_step=self.step, max_steps=train.max_steps, active=self._accelerator.is_main_process
             ) as progress,
@@ -128,6 +125,7 @@ class Trainer:
                 is_last = self.step == train.max_steps
                 if self.step % self._config.tracking.log_every_steps == 0 or is_last or self.step == 1:
                     progress.show(self._write_row(recent, grad_norm))
+                    self._saver.prepare()
                     recent = Recent()
                 stop, save = self._agree(is_last)
                 validate = every is not None and self.step % every == 0 and not is_last and not stop
@@ -165,6 +163,8 @@ class Trainer:
             host_batch.release()
             recent.samples.append((self.step, losses, host_batch))
         grad_norm = self._guard.apply(self._optimizer, list(self._parameters.values()))
+        if self._ema is not None:
+            self._ema.wait()
         self._optimizer.step()
         if not train.cuda_graph:  # a graph writes its gradients anew
             self._optimizer.zero_grad(set_to_none=True)
@@ -266,29 +266,46 @@ class Trainer:
         due = settings.every_steps is not None and self.step % settings.every_steps == 0
         minutes = (time.monotonic() - self._last_save) / 60
         timed = settings.every_minutes is not None and minutes >= settings.every_minutes
+        failed = self._saver.has_failed()
         if self._accelerator.num_processes == 1:
-            return self._stop_requested, due or timed
-        stop, save = self._exchange(self._stop_requested, timed and self._accelerator.is_main_process)
-        return stop and not is_last, save or due
+            stop, save = self._stop_requested, timed
+        else:
+            timed = timed and self._accelerator.is_main_process
+            stop, save, failed = self._exchange(self._stop_requested, timed, failed)
+            stop = stop and not is_last
+        if failed:
+            self._saver.wait()  # raises, on all ranks
+        return stop, save or due
 
-    def _exchange(self, stop: bool, save: bool) -> tuple[bool, bool]:
+    def _exchange(self, *wanted: bool) -> list[bool]:
         """The previous step's flags over all ranks; this step's are sent off meanwhile."""
         device = self._accelerator.device
-        flags = torch.zeros(2, device=device)
-        for index, wanted in enumerate((stop, save)):
-            flags[index].fill_(float(wanted))
+        flags = torch.zeros(len(wanted), device=device)
+        for index, flag in enumerate(wanted):
+            flags[index].fill_(float(flag))
         torch.distributed.all_reduce(flags)
         event = None
         if device.type == "cuda":
-            flags = torch.empty(2, pin_memory=True).copy_(flags, non_blocking=True)
+            flags = torch.empty(len(wanted), pin_memory=True).copy_(flags, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
         previous, self._pending_flags = self._pending_flags, (flags, event)
         if previous is None:
-            return False, False
+            return [False] * len(wanted)
         if previous[1] is not None:
             previous[1].synchronize()
-        return bool(previous[0][0] > 0), bool(previous[0][1] > 0)
+        return [value > 0 for value in previous[0].tolist()]
+
+    @contextlib.contextmanager
+    def _complete_saves(self) -> Iterator[None]:
+        """At the end, and where the run ends on a mistake of the user, what is being saved is completed."""
+        try:
+            yield
+        except UserError:
+            with contextlib.suppress(UserError):
+                self._saver.wait()
+            raise
+        self._saver.wait()
 
     @contextlib.contextmanager
     def _catch_signals(self) -> Iterator[None]:

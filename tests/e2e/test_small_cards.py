@@ -87,7 +87,7 @@ def test_full_fine_tuning_with_weights_and_optimizer_on_the_host(
     last.rename(tmp_path / "straight")
     outcome = run_command(SFT, *options("host", memory__optimizer="host", memory__offloaded_blocks=1, **settings))
     assert outcome.code == 0 and "at step 2" in outcome.out
-    for name in ("weights.safetensors", "optimizer.safetensors"):
+    for name in ("weights-00000-0000.safetensors", "optimizer-00000-0000.safetensors"):
         assert_equal_files(tmp_path / "straight" / name, last / name)
 
 
@@ -113,10 +113,11 @@ def test_full_fine_tuning_with_8_bit_state_says_so_and_resumes_bit_for_bit(
         assert small == pytest.approx(device, rel=0.1)
     final, last = tmp_path / "eight/final", tmp_path / "eight/checkpoints/step-000004"
     weights = load_file(final / "transformer/diffusion_pytorch_model.safetensors")
-    saved = load_file(last / "weights.safetensors")
+    stored = {group: load_file(last / f"{group}-00000-0000.safetensors") for group in ("weights", "optimizer")}
+    saved = {name.removeprefix("weights."): tensor for name, tensor in stored["weights"].items()}
     assert all(tensor.dtype == torch.bfloat16 for tensor in saved.values())
     assert all(torch.equal(tensor, saved[name]) for name, tensor in weights.items() if name in saved)
-    state = load_file(last / "optimizer.safetensors")
+    state = stored["optimizer"]
     assert {name.rsplit(".", 1)[1] for name, tensor in state.items() if tensor.dtype == torch.uint8} == {
         "exp_avg_codes",
         "exp_avg_sq_codes",
@@ -128,7 +129,7 @@ def test_full_fine_tuning_with_8_bit_state_says_so_and_resumes_bit_for_bit(
     last.rename(tmp_path / "straight")
     outcome = run_command(SFT, *options("eight", **eight))
     assert outcome.code == 0 and "at step 2" in outcome.out
-    for name in ("weights.safetensors", "optimizer.safetensors"):
+    for name in ("weights-00000-0000.safetensors", "optimizer-00000-0000.safetensors"):
         assert_equal_files(tmp_path / "straight" / name, last / name)
     outcome = run_command(SFT, *options("eight", **settings))
     assert outcome.code == 2 and "memory.optimizer: 8bit state -> float32 state" in outcome.err

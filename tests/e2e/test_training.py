@@ -80,7 +80,7 @@ def start(
 
 FILES = {
     "train/lora.py": ("pytorch_lora_weights.safetensors", "optimizer.safetensors"),
-    "train/sft.py": ("weights.safetensors", "optimizer.safetensors", "ema.safetensors"),
+    "train/sft.py": tuple(f"{group}-00000-0000.safetensors" for group in ("weights", "optimizer", "ema")),
 }
 
 
@@ -150,7 +150,7 @@ def test_killed_in_the_middle_of_a_save_it_resumes_exactly(
 
 @pytest.mark.parametrize("script", FILES)
 def test_two_processes_equal_one_with_batch_two_or_accumulation(
-    script: str, make_config: Callable[..., Path], run_command: Any, tmp_path: Path
+    script: str, make_config: Callable[..., Path], run_command: Any, read_tensors: Any, tmp_path: Path
 ) -> None:
     train = {"max_steps": 3, "timestep_strata": 4} | ({"ema_decay": 0.9} if script == "train/sft.py" else {})
     options = {"optimizer": {"learning_rate": 1e-3}, "checkpoint": {"every_steps": 3}}
@@ -171,8 +171,11 @@ def test_two_processes_equal_one_with_batch_two_or_accumulation(
     for name in layouts:
         assert losses["processes"] == pytest.approx(losses[name], rel=1e-5)
         # Sums run in another order; Adam turns rounding of tiny gradients into a few parts in a thousand of a step.
-        file = f"checkpoints/step-000003/{FILES[script][0]}"
-        assert_same_tensors(folders["processes"] / file, folders[name] / file, atol=3e-5)
+        two, one = (read_tensors(folders[which] / "checkpoints/step-000003") for which in ("processes", name))
+        assert two.keys() == one.keys()
+        for key in one:
+            if not key.startswith("optimizer."):
+                torch.testing.assert_close(two[key], one[key], rtol=0, atol=3e-5, msg=key)
 
 
 def wait_for_rows(folder: Path, count: int, process: subprocess.Popen[str]) -> None:
@@ -340,7 +343,7 @@ def test_non_finite_loss_stops_with_the_sample_and_keeps_the_last_good_weights(
 
 
 def test_full_fine_tuning_learns_and_gives_a_stock_pipeline(
-    make_config: Callable[..., Path], run_command: Any, tmp_path: Path, tiny_folder: Path
+    make_config: Callable[..., Path], run_command: Any, read_tensors: Any, tmp_path: Path, tiny_folder: Path
 ) -> None:
     config = make_config(
         "sft",
@@ -354,7 +357,8 @@ def test_full_fine_tuning_learns_and_gives_a_stock_pipeline(
     first, last = read_rows(tmp_path / "sft", "eval_loss")
     assert last["eval_loss"] < 0.97 * first["eval_loss"]
     pipeline = CogVideoXPipeline.from_pretrained(tmp_path / "sft" / "final")
-    averaged = load_file(tmp_path / "sft" / "checkpoints" / "step-000030" / "ema.safetensors")
+    saved = read_tensors(tmp_path / "sft" / "checkpoints" / "step-000030")
+    averaged = {name.removeprefix("ema."): tensor for name, tensor in saved.items() if name.startswith("ema.")}
     state, start_state = pipeline.transformer.state_dict(), CogVideoXPipeline.from_pretrained(tiny_folder).transformer
     assert averaged.keys() == dict(pipeline.transformer.named_parameters()).keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in averaged.items())

@@ -27,11 +27,11 @@ from cogtune.formats.lora import (
 from cogtune.formats.pipeline_folder import open_component, read_config
 from cogtune.formats.results import write_adapter_result, write_model_result
 from cogtune.formats.sat_folder import LATEST, WEIGHTS_NAME, open_sat, write_sat_folder
-from cogtune.formats.sharded_checkpoint import adapter_tensors, is_adapter, open_sharded
-from cogtune.formats.tensors import Tensors, cast, check_names, check_shape
+from cogtune.formats.sharded_checkpoint import adapter_tensors, is_adapter, is_own, open_own, open_sharded
+from cogtune.formats.tensors import Tensors, cast, check_names, check_shape, overlay
 from cogtune.formats.torch_file import open_torch_file
 from cogtune.formats.writing import fresh_folder, write_torch_file
-from cogtune.models import DTYPES
+from cogtune.models import DTYPES, find_folder, make_meta_transformer, read_facts
 
 _SCALES = ("keep", "fold")
 
@@ -73,12 +73,17 @@ def parse_conversion(description: str, argv: list[str] | None = None) -> argpars
     command.add_argument("--alpha", type=float, help="for a file that doesn't say it; default: its rank")
     command.add_argument("--base", help="model to check the adapter's layers against")
 
-    command = add("checkpoint", convert_checkpoint, "a DeepSpeed or FSDP folder to an adapter or a pipeline")
-    command.add_argument("source", type=Path, help="such as checkpoint-1000/, or pytorch_model/ in it")
+    command = add(
+        "checkpoint", convert_checkpoint, "a checkpoint of this program, DeepSpeed or FSDP to an adapter or pipeline"
+    )
+    command.add_argument("source", type=Path, help="checkpoints/step-001000, or another program's folder")
     add_output(command, "folder to write")
     command.add_argument("--base", required=True, help="model that was trained: shapes, and the other components")
     command.add_argument(
         "--alpha", type=float, help="adapter: lora_alpha of the training, which the folder doesn't say"
+    )
+    command.add_argument(
+        "--raw-weights", action="store_true", help="of this program: not their average (train.ema_decay)"
     )
     add_precision(command)
     add_shards(command)
@@ -167,8 +172,13 @@ def convert_adapter(options: argparse.Namespace) -> None:
 
 def convert_checkpoint(options: argparse.Namespace) -> None:
     """A checkpoint of many processes to what one process loads."""
-    tensors = open_sharded(options.source)
+    own = is_own(options.source)
+    if options.raw_weights and not own:
+        raise UserError(f"--raw-weights: {options.source} is no checkpoint of cogtune's; leave it out")
     config, base = open_component(options.base, "transformer")
+    tensors, is_part = (
+        open_own(options.source, raw=options.raw_weights) if own else (open_sharded(options.source), False)
+    )
     made = f"Put together from the checkpoint {options.source.name}"
     if is_adapter(tensors):
         if options.alpha is None:
@@ -184,11 +194,23 @@ def convert_checkpoint(options: argparse.Namespace) -> None:
     if options.alpha is not None:
         raise UserError(f"--alpha {options.alpha:g}: {options.source} holds all weights and no adapter; leave it out")
     remedy = f"it was trained from another model than --base {options.base}"
+    if own:
+        # Buffers are in no checkpoint, and of a part only what was trained: they are the base's.
+        merged = overlay(base, tensors)
+        if not is_part:
+            check_names(tensors.label, tensors.specs, _parameter_names(options.base), remedy=remedy)
+        write_model_result(_cast(merged, options), config, "transformer", options, base=options.base, made=made)
+        return
     check_names(tensors.label, tensors.specs, base.specs, remedy=remedy)
     for name, spec in base.specs.items():
         check_shape(tensors.label, name, tensors.specs[name].shape, spec.shape, remedy=remedy)
     ordered = Tensors(tensors.label, {name: tensors.specs[name] for name in base.specs}, tensors.read)
     write_model_result(_cast(ordered, options), config, "transformer", options, base=options.base, made=made)
+
+
+def _parameter_names(base: str) -> list[str]:
+    """What a full fine-tuning of a model trains."""
+    return [name for name, _ in make_meta_transformer(read_facts(find_folder(base))).named_parameters()]
 
 
 def _dtype(options: argparse.Namespace) -> Any:

@@ -6,8 +6,7 @@ from typing import Any
 
 from cogtune.errors import UserError
 from cogtune.formats.tensors import Tensors, open_safetensors
-from cogtune.formats.writing import MAX_SHARD_BYTES, write_component
-from cogtune.full import link_tree
+from cogtune.formats.writing import MAX_SHARD_BYTES, link_tree, write_component
 from cogtune.models import COMPONENTS, find_folder, read_facts
 
 _CLASSES = {"transformer": "CogVideoXTransformer3DModel", "vae": "AutoencoderKLCogVideoX"}
@@ -41,9 +40,12 @@ def read_config(file: Path, component: str) -> dict[str, Any]:
 
 
 def write_pipeline(
-    base: str, component: str, tensors: Tensors, config: dict[str, Any], folder: Path, *, max_shard_bytes: int
+    base: str, component: str, tensors: Tensors, config: dict[str, Any], folder: Path, *, max_shard_bytes: int = 0
 ) -> None:
-    """A pipeline folder: the given component, and the base's others (hard-linked where the file system allows)."""
+    """A pipeline folder: the given component, and the base's others (hard-linked where the file system allows).
+
+    `max_shard_bytes`: of a file of weights; 0: diffusers' own limit.
+    """
     source = find_folder(base)
     read_facts(source)  # raises for what is no complete pipeline
     names = json.loads((source / "model_index.json").read_text(encoding="utf-8"))

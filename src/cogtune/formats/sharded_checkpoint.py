@@ -3,16 +3,39 @@
 import re
 from pathlib import Path
 
+from cogtune.checkpoint import MANIFEST, read_checkpoint
 from cogtune.errors import UserError
 from cogtune.formats.dcp_folder import open_dcp
 from cogtune.formats.deepspeed_folder import find_deepspeed, open_deepspeed
 from cogtune.formats.tensors import Tensors
+from cogtune.shards.stored import StoredTensors
 
 _WRAPPERS = re.compile(
     r"^(?:module|model|transformer|base_model|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
 _INNER = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer)\.")
 _ADAPTER_NAME = re.compile(r"\.(lora_[AB]|lora_magnitude_vector)\.(?!weight)\w+(\.weight)?$")
+
+
+def is_own(path: Path) -> bool:
+    """Whether a folder is a checkpoint of cogtune's."""
+    return (path / MANIFEST).is_file()
+
+
+def open_own(path: Path, *, raw: bool) -> tuple[Tensors, bool]:
+    """The weights in a checkpoint of a full fine-tuning, and whether a part of them was trained.
+
+    The averaged ones where there are any, unless `raw`. Every digest is checked. Raises `UserError` for a damaged
+    one, and for an adapter's, which is one already.
+    """
+    checkpoint = read_checkpoint(path)
+    stored = StoredTensors(path)
+    if not stored.names("weights"):
+        raise UserError(f"{path}: holds an adapter, which every program here takes as it is; nothing to convert")
+    is_averaged = bool(stored.names("ema"))
+    print(f"{path}: step {checkpoint.step}, {'averaged' if is_averaged and not raw else 'trained'} weights")
+    part = checkpoint.state["config"]["train"].get("trained_weights")
+    return stored.group("ema" if is_averaged and not raw else "weights"), part is not None
 
 
 def open_sharded(path: Path) -> Tensors:

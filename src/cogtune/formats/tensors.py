@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from cogtune.errors import UserError
 
-_SAFETENSORS_DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -27,7 +27,7 @@ _SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-DTYPE_CODES = {dtype: code for code, dtype in _SAFETENSORS_DTYPES.items()}
+DTYPE_CODES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def open_safetensors(path: Path) -> Tensors:
                     part = opened.get_slice(name)
                     if name in owner:
                         raise UserError(f"{path}: {name} is in {owner[name].name} and in {file.name}; keep one of them")
-                    specs[name] = Spec(tuple(part.get_shape()), _SAFETENSORS_DTYPES[part.get_dtype()])
+                    specs[name] = Spec(tuple(part.get_shape()), SAFETENSORS_DTYPES[part.get_dtype()])
                     owner[name] = file
         except (SafetensorError, OSError, KeyError) as error:
             raise UserError(f"{file}: not a readable safetensors file ({error}); copy or download it again") from None
@@ -89,6 +89,18 @@ def open_safetensors(path: Path) -> Tensors:
             return opened.get_tensor(name).clone()
 
     return Tensors(str(path), specs, read)
+
+
+def overlay(below: Tensors, above: Tensors) -> Tensors:
+    """The tensors of `below`, those that `above` has too taken from there; raises `UserError` for a name or shape that
+    `below` doesn't have."""
+    for name, spec in above.specs.items():
+        if name not in below.specs:
+            raise UserError(f"{above.label}: {name} is no weight of {below.label}; it was trained from another model")
+        remedy = f"it was trained from another model than {below.label}"
+        check_shape(above.label, name, spec.shape, below.specs[name].shape, remedy=remedy)
+    specs = {name: above.specs.get(name, spec) for name, spec in below.specs.items()}
+    return Tensors(above.label, specs, lambda name: (above if name in above.specs else below).read(name))
 
 
 def cast(tensors: Tensors, dtype: torch.dtype | None) -> Tensors:

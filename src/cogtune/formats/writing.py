@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import struct
 from collections.abc import Iterator
@@ -123,3 +124,16 @@ def _read_checked(tensors: Tensors, name: str) -> torch.Tensor:
 def _write_bytes(out: BinaryIO, tensor: torch.Tensor) -> None:
     if tensor.numel():
         out.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """Copies a file or folder; hard links where the file system allows."""
+    if source.is_dir():
+        target.mkdir(parents=True)
+        for child in sorted(source.iterdir()):
+            link_tree(child, target / child.name)
+        return
+    try:
+        os.link(source.resolve(), target)  # hub caches hold links: link what they point to
+    except OSError:
+        shutil.copy2(source, target)

@@ -35,7 +35,7 @@ def divide_transformer(plan: TrainingPlan, trained: Any, device: torch.device) -
     transformer, num_resident = trained.transformer, plan.memory.num_resident
     if plan.strategy.is_fsdp:
         mesh = make_mesh(plan.strategy, device)
-        shard_transformer(transformer, plan.strategy, mesh, device, plan.dtype)
+        shard_transformer(transformer, plan.strategy, mesh, device, plan.dtype, full=plan.full)
         return mesh
     if num_resident is not None and trained.host is None:
         prepare = quantize_block if plan.num_float8 else None

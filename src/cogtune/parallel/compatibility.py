@@ -35,6 +35,9 @@ def check_strategy(config: RunConfig, strategy: Strategy, dtype: torch.dtype, *,
         ),
         "train.ema_decay: DeepSpeed divides float32 weights in a way that an average can't follow; remove it, or take "
         "fsdp2.yaml": strategy.is_deepspeed and train.ema_decay is not None,
+        "train.trained_weights: not tried with DeepSpeed; remove it, or take fsdp2.yaml": (
+            strategy.is_deepspeed and train.trained_weights is not None
+        ),
         "adapter.use_dora=true: its norms need float32 weights, and DeepSpeed computes with 16-bit ones; set it to "
         "false, or take fsdp2.yaml": rounded and not full and adapter.use_dora,
     }

@@ -132,6 +132,8 @@ class DeepSpeedGuard:
 class DeepSpeedStore:
     """A `saving.Store` of what DeepSpeed has divided: its float32 weights, not the copies that compute."""
 
+    in_place = False
+
     def __init__(
         self, engine: Any, parameters: dict[str, nn.Parameter], device: torch.device, *, is_main: bool
     ) -> None:

@@ -21,6 +21,8 @@ class Sizes:
     block: int
     """In a block, without an adapter."""
     num_blocks: int
+    full: bool = False
+    """Trained weights are the model's own, divided as the frozen ones; otherwise an adapter's, where any are frozen."""
 
 
 @dataclass(frozen=True)
@@ -42,20 +44,22 @@ def count_footprint(strategy: Strategy, sizes: Sizes, element: int) -> Footprint
 
 
 def _count_fsdp(strategy: Strategy, sizes: Sizes, element: int) -> Footprint:
-    shards, model = strategy.num_shards, sizes.frozen or sizes.trained
+    whole_adapter = sizes.frozen and not sizes.full
+    shards, model = strategy.num_shards, sizes.frozen + (0 if whole_adapter else sizes.trained)
     outside = model - sizes.num_blocks * sizes.block
     gathered_blocks = WHOLE_BLOCKS if strategy.reshard else sizes.num_blocks
     gathered = (outside + gathered_blocks * sizes.block) * element
-    if sizes.frozen:
-        parts = sizes.frozen * element // shards
-        trained = sizes.trained * 16  # the adapter is whole
+    frozen_parts = sizes.frozen * element // shards
+    trained_parts = 0
+    if whole_adapter:
+        trained = sizes.trained * 16
     else:
-        parts = sizes.trained * 16 // shards
+        trained_parts = sizes.trained * 16 // shards
         # Two blocks' whole gradients, and one's in float32 on its way to its parts.
         trained = sizes.block * (WHOLE_BLOCKS * element + 4)
     if strategy.offload_weights:
-        return Footprint(gathered, trained, parts)
-    return Footprint(gathered + (parts if sizes.frozen else 0), trained + (0 if sizes.frozen else parts), 0)
+        return Footprint(gathered, trained, frozen_parts + trained_parts)
+    return Footprint(gathered + frozen_parts, trained + trained_parts, 0)
 
 
 def _count_deepspeed(strategy: Strategy, sizes: Sizes, element: int) -> Footprint:

@@ -34,16 +34,15 @@ def make_mesh(strategy: Strategy, device: torch.device) -> DeviceMesh:
 
 
 def shard_transformer(
-    transformer: Any, strategy: Strategy, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype
+    transformer: Any, strategy: Strategy, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype, *, full: bool
 ) -> None:
     """Divides a transformer in place, block by block, so that the device never holds more than one whole block.
 
-    Frozen models with an adapter: the adapter's weights come to the device whole. Trained ones (float32) are computed
-    with in `dtype`.
+    Frozen models with an adapter: the adapter's weights come to the device whole. `full`: the model's own weights, or
+    some of them, are trained in float32 and computed with in `dtype`.
     """
-    everything = list(transformer.parameters())
-    adapter = set() if all(p.requires_grad for p in everything) else {p for p in everything if p.requires_grad}
-    precision = None if adapter or dtype == torch.float32 else dtype
+    adapter = set() if full else {p for p in transformer.parameters() if p.requires_grad}
+    precision = dtype if full and dtype != torch.float32 else None
     options: dict[str, Any] = {
         "mesh": mesh,
         # Not the inputs: rotary positions stay float32.
@@ -106,6 +105,8 @@ class ShardedStepGuard(StepGuard):
 
 class ShardedStore:
     """A `saving.Store` of parts, and of an adapter's whole weights. Tensors are gathered one after another."""
+
+    in_place = True
 
     def __init__(self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, *, is_main: bool) -> None:
         self._parameters, self._optimizer, self._is_main = parameters, optimizer, is_main
