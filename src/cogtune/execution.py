@@ -5,6 +5,9 @@
     keep_attention   attention outputs are kept, the rest of a block is recomputed from its input
     recompute        whole blocks are recomputed from their inputs: least memory
 
+What comes from other ranks (`parallel`) is kept by all of them: no message is sent twice, and those of the backward
+pass depend on each other, so that all ranks send them in one order.
+
 None of them changes a result; the blocks are compiled one by one, so that all share one compiled graph.
 """
 
@@ -16,6 +19,8 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from cogtune.parallel.exchange import exchange
+from cogtune.parallel.ring import ring_attention
 from cogtune.streaming.activations import ActivationOffload
 from cogtune.streaming.blocks import find_stream
 from cogtune.streaming.gradients import GradientStream
@@ -40,8 +45,13 @@ _PRODUCT_OPS = frozenset(
         torch.ops.aten._scaled_mm.default,
     }
 )
+_SHARED_OPS = frozenset({exchange._opoverload, ring_attention._opoverload})
 # Of these, the compiled backward pass keeps only what it reads: not the output of the feed-forward's second product.
-_KEPT_OPS = {"keep_products": _ATTENTION_OPS | _PRODUCT_OPS, "keep_attention": _ATTENTION_OPS}
+_KEPT_OPS = {
+    "keep_products": _ATTENTION_OPS | _PRODUCT_OPS | _SHARED_OPS,
+    "keep_attention": _ATTENTION_OPS | _SHARED_OPS,
+    "recompute": _SHARED_OPS,
+}
 
 
 def _policy(kept: frozenset[Any], _context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
@@ -57,13 +67,14 @@ def configure_blocks(
     compiler: str = "inductor",
     num_offloaded: int = 0,
     gradients: GradientStream | None = None,
+    shared: bool = False,
 ) -> None:
     """Sets up checkpointing and compilation of every block, in place; streamed weights are streamed in both passes.
 
     What `num_offloaded` of the blocks keep for the backward pass waits in host memory. `gradients` takes each trained
-    block's away when they are there.
+    block's away when they are there. `shared`: the ranks of a team have parts of the tokens.
     """
-    run_block = _make_runner(activations, has_dropout=has_dropout)
+    run_block = _make_runner(activations, has_dropout=has_dropout, shared=shared)
     if compiled:
         # The checkpoint lies inside the compiled region: only there can attention outputs be kept apart.
         run_block = torch.compile(run_block, dynamic=False, fullgraph=True, backend=compiler)
@@ -104,11 +115,11 @@ def _like_an_output(x: torch.Tensor) -> torch.Tensor:
     return x if x.requires_grad else x.detach().requires_grad_()
 
 
-def _make_runner(activations: Activations, *, has_dropout: bool) -> Callable[..., Any]:
+def _make_runner(activations: Activations, *, has_dropout: bool, shared: bool) -> Callable[..., Any]:
     if activations == "keep_all":
         return lambda block, *inputs: block(*inputs)
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": has_dropout}
-    if activations in _KEPT_OPS:
+    if activations != "recompute" or shared:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_policy, _KEPT_OPS[activations]))
 
     def run_block(block: torch.nn.Module, *inputs: Any) -> Any:

@@ -29,6 +29,7 @@ from cogtune.memory import (
 )
 from cogtune.models import ModelFacts
 from cogtune.optimizer_ways import check_optimizer, list_optimizer_ways
+from cogtune.parallel.training import check_context, kept_by_exchange
 from cogtune.streaming.host import free_host_bytes
 
 
@@ -63,13 +64,15 @@ class TrainingPlan(DataPlan):
     def global_batch(self) -> int:
         """Samples in one optimizer step."""
         train = self.config.train
-        return train.batch_size * train.gradient_accumulation_steps * self.world_size
+        return train.batch_size * train.gradient_accumulation_steps * (self.world_size // train.context_parallel)
 
     def describe(self) -> str:
         """The plan for a person, one fact a line."""
         config, facts = self.config, self.facts
         samples = config.train.max_steps * self.global_batch
         epoch = sum(clip.weight for clip in self.train_clips)
+        sharing = config.train.context_parallel
+        shared = f" / {sharing} that share a sample" if sharing > 1 else ""
         free = "unknown" if self.free_bytes is None else f"{self.free_bytes / GIB:.1f} GiB"
         rows = {
             "model": f"{facts.variant} at {facts.folder}",
@@ -81,7 +84,7 @@ class TrainingPlan(DataPlan):
             "format": self.describe_formats(),
             "tokens": f"{self.tokens:,} a sample" + (" at most" if len(self.formats) > 1 else ""),
             "batch": f"{config.train.batch_size} x {config.train.gradient_accumulation_steps} accumulated x "
-            f"{self.world_size} process(es) = {self.global_batch} samples a step",
+            f"{self.world_size} process(es){shared} = {self.global_batch} samples a step",
             "steps": f"{config.train.max_steps:,} = {samples:,} samples = {samples / epoch:.1f} epochs",
             "memory": f"{self.memory.describe()}; free: {free}",
             "compiled": "each block" if self.compiled else "no",
@@ -199,6 +202,7 @@ def _add_training(data: DataPlan, num_parameters: int, num_trainable: int, num_f
     config = data.config
     refuse_missing_files([*data.train_clips, *data.validation_clips], config)
     _check_cuda_graph(data)
+    check_context(config, data.facts)
     check_optimizer(config, data.dtype, full=num_parameters == 0)
     check_backend(
         config.train.attention,
@@ -275,8 +279,10 @@ def list_training_rungs(
         settings = settings.model_copy(update={"offloaded_blocks": 0})
     block = models.make_meta_transformer(facts).transformer_blocks[0]
     num_block = sum(p.numel() for p in block.parameters())
+    sharing = config.train.context_parallel
+    times = BlockTimes.of(facts, tokens, batch_size, machine, num_ranks=sharing)
+    tokens = -(-tokens // sharing)  # of one rank
     unit = activation_bytes(facts, tokens, batch_size, dtype)
-    times = BlockTimes.of(facts, tokens, batch_size, machine)
 
     def time_of(plan: MemoryPlan) -> float:
         return predict_seconds(
@@ -301,6 +307,7 @@ def list_training_rungs(
         num_encoder=models.count_image_encoder(facts),
         image_pixels=image_pixels,
         num_block_parameters=num_block,
+        num_more_kept=kept_by_exchange(config, facts.num_heads),
     )
     shape = {"num_layers": facts.num_layers, "free_bytes": free_bytes, "streamable": streamable}
     ways = [{}] if frozen else list_optimizer_ways(config, dtype, free_bytes)

@@ -136,8 +136,11 @@ def generate_videos(
     autocast: bool,
     quiet: bool,
     image_encoder: ImageEncoder | None = None,
+    decode: bool = True,
 ) -> None:
     """Generates this rank's jobs into the folder; `image_encoder` for image-to-video models.
+
+    Ranks that share a video's tokens all have its job, and one of them the task to `decode`.
 
     The VAE comes onto the device only to decode, after all latents are sampled and streamed weights have left, frame
     by frame where memory is short (by tiles on a CPU), so the peak stays near that of sampling.
@@ -158,6 +161,8 @@ def generate_videos(
             latents.append(generate_latents(pipeline, job.request, *embeddings).cpu())
     release_blocks(transformer)
     release_memory(device)
+    if not decode:
+        return
     vae = models.load_vae(facts, dtype).to(device)  # pyright: ignore[reportArgumentType]
     vae.enable_tiling()
     pixels = max(job.request.height * job.request.width for job in jobs)

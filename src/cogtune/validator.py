@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from cogtune.denoiser import Denoiser
+from cogtune.parallel.training import teams_of
 from cogtune.plan import TrainingPlan
 from cogtune.preparation import EncodedData
 from cogtune.report import write_report
@@ -36,6 +37,7 @@ class Validator:
         self._plan, self._accelerator, self._data = plan, accelerator, data
         self._transformer, self._denoiser, self._log = transformer, denoiser, log
         self._averaged_weights = averaged_weights
+        self._teams = teams_of(plan.config, accelerator.process_index, accelerator.num_processes)
         self._folder = plan.config.output_dir
         self._jobs = _make_jobs(plan, data)
 
@@ -59,7 +61,7 @@ class Validator:
 
     def _evaluate(self, step: int) -> None:
         accelerator = self._accelerator
-        mine = self._data.validation[accelerator.process_index :: accelerator.num_processes]
+        mine = self._data.validation[self._teams.team :: self._teams.num_teams]
         sums = evaluate(
             self._transformer,
             self._denoiser,
@@ -77,7 +79,7 @@ class Validator:
         accelerator = self._accelerator
         generate_videos(
             self._transformer,
-            self._jobs[accelerator.process_index :: accelerator.num_processes],
+            self._jobs[self._teams.team :: self._teams.num_teams],
             folder,
             self._data.cache,
             self._plan.facts,
@@ -86,6 +88,7 @@ class Validator:
             autocast=self._plan.autocast,
             quiet=not accelerator.is_main_process,
             image_encoder=self._denoiser.image_encoder,
+            decode=self._teams.place == 0,
         )
 
     def _copy_base_videos(self, folder: Path) -> None:
