@@ -5,6 +5,7 @@
     python scripts/bench.py generate ...
     python scripts/bench.py prepare ...
     python scripts/bench.py memory --caps 24,16,12,8,6 --job lora
+    python scripts/bench.py context --gpus 1,2,4
 
 `python scripts/bench.py train --help` lists the options; docs/benchmarks.md has the results.
 """
@@ -21,6 +22,7 @@ SUBJECTS = {
     "generate": "generation",
     "prepare": "preparation",
     "memory": "memory",
+    "context": "context",
 }
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from cogtune.adapter import TrainedAdapter
 from cogtune.attention_backends import SDPA_BACKENDS, BackendTiming, choose_backend
@@ -118,7 +118,8 @@ class TrainingBench:
         self.tokens = self.facts.num_tokens(*self.size)
         self.shape = StepShape.of(self.facts, self.tokens, arguments.batch_size)
         self.ceilings: dict[str, Any] = {}
-        self._accelerator = Accelerator(mixed_precision="no", cpu=self.device.type == "cpu")
+        buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)  # as a run's
+        self._accelerator = Accelerator(mixed_precision="no", cpu=self.device.type == "cpu", kwargs_handlers=[buckets])
         self.config = RunConfig.model_validate(
             {"adapter": {"rank": arguments.rank}, "train": {"max_steps": 1 << 20, "batch_size": arguments.batch_size}}
         )
@@ -257,7 +258,7 @@ class TrainingBench:
     def make_trainer(
         self, trained: Trained, folder: Path, *, optimizer: torch.optim.Optimizer, guard: Guard, autocast: bool
     ) -> Trainer:
-        """The loop around what is trained, without metrics, validation and a run's folder."""
+        """The loop around what is trained, without metrics, validation and a run's folder; DDP in a launch."""
         encoder = None
         if self.facts.takes_image:
             encoder = make_random_image_encoder(self.arguments.model, self.device, self.dtype)
@@ -269,7 +270,7 @@ class TrainingBench:
             self._accelerator,
             self.config,
             trained=trained,
-            model=trained.transformer,
+            model=self._accelerator.prepare_model(trained.transformer),
             denoiser=Denoiser(
                 self.facts,
                 device=self.device,

@@ -9,14 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cogtune.attention_backends import Backend
-
 _aten = torch.ops.aten
 Kernel = Literal["cpu", "flash", "cudnn"]
 
 
-def choose_kernel(backend: Backend, device: torch.device) -> Kernel:
-    """The kernel of a backend; `default` is what PyTorch prefers: cuDNN's on Hopper and newer, or else flash."""
+def choose_kernel(backend: str, device: torch.device) -> Kernel:
+    """The kernel of an `attention_backends.Backend`; `default` is what PyTorch prefers: cuDNN's on Hopper and newer, or else flash."""
     if device.type != "cuda":
         return "cpu"
     if backend == "default":

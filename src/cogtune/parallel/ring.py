@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cogtune.parallel.groups import find_group
-from cogtune.parallel.kernels import attend_part, attend_part_backward
+from cogtune.parallel.kernels import attend_part, attend_part_backward, choose_kernel
 
 
 class _Ring:
@@ -47,13 +47,13 @@ def _empty_part(like: Tensor, num_tokens: int) -> Tensor:
 
 @torch.library.custom_op("cogtune::ring_attention", mutates_args=())
 def ring_attention(
-    query: Tensor, key: Tensor, value: Tensor, tokens: list[int], group: str, kernel: str
+    query: Tensor, key: Tensor, value: Tensor, tokens: list[int], group: str, backend: str
 ) -> tuple[Tensor, Tensor]:
     """q, k, v [B, own tokens, H, D] to the attention over all tokens, [B, own tokens, H, D], and its lse [B, H, own].
 
-    `tokens`: how many each rank of the group has.
+    `tokens`: how many each rank of the group has. `backend`: one of `attention_backends`.
     """
-    ring = _Ring(group)
+    ring, kernel = _Ring(group), choose_kernel(backend, query.device)
     part = torch.stack([key, value])  # [2, B, S, H, D]
     q = query.transpose(1, 2)
     out = lse = None
@@ -80,7 +80,7 @@ def ring_attention(
 
 
 @ring_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, tokens: list[int], group: str, kernel: str) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, tokens: list[int], group: str, backend: str) -> tuple[Tensor, Tensor]:
     batch, count, heads, _ = query.shape
     return (
         query.new_empty(query.shape),
@@ -98,10 +98,10 @@ def ring_attention_backward(
     lse: Tensor,
     tokens: list[int],
     group: str,
-    kernel: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v [B, own tokens, H, D]."""
-    ring = _Ring(group)
+    ring, kernel = _Ring(group), choose_kernel(backend, query.device)
     part = torch.stack([key, value])
     grad, q, whole = (x.transpose(1, 2) for x in (grad, query, out))
     wide = _wide(query.dtype)
@@ -141,12 +141,12 @@ def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_more: object) -
 
 
 def _keep(ctx, inputs, output) -> None:  # noqa: ANN001  # torch.library's own signature
-    query, key, value, ctx.tokens, ctx.group, ctx.kernel = inputs
+    query, key, value, ctx.tokens, ctx.group, ctx.backend = inputs
     ctx.save_for_backward(query, key, value, *output)
 
 
 def _differentiate(ctx, grad: Tensor, _grad_lse: Tensor):  # noqa: ANN001, ANN202
-    grads = ring_attention_backward(grad.contiguous(), *ctx.saved_tensors, ctx.tokens, ctx.group, ctx.kernel)
+    grads = ring_attention_backward(grad.contiguous(), *ctx.saved_tensors, ctx.tokens, ctx.group, ctx.backend)
     return *grads, None, None, None
 
 

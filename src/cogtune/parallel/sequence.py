@@ -24,7 +24,6 @@ from torch.nn.attention import sdpa_kernel
 
 from cogtune.attention_backends import SDPA_BACKENDS, Backend
 from cogtune.parallel.exchange import share_parts, to_heads, to_tokens
-from cogtune.parallel.kernels import choose_kernel
 from cogtune.parallel.ranks import TokenParts, split_evenly
 from cogtune.parallel.ring import ring_attention
 
@@ -61,8 +60,7 @@ class TeamAttention:
         """q, k, v [B, own tokens, H, D] to the same; what autocast left in float32 is cast as attention would."""
         query, key = query.to(value.dtype), key.to(value.dtype)
         if self.way == "ring":
-            kernel = choose_kernel(backend, value.device)
-            return ring_attention(query, key, value, list(self.tokens), self.name, kernel)[0]
+            return ring_attention(query, key, value, list(self.tokens), self.name, backend)[0]
         layout = self.tokens, self.heads, self.place, self.name
         return to_tokens(attend_plainly(*to_heads(query, key, value, *layout), backend), *layout)
 
