@@ -14,7 +14,7 @@ Kernel = Literal["cpu", "flash", "cudnn"]
 
 
 def choose_kernel(backend: str, device: torch.device) -> Kernel:
-    """The kernel of an `attention_backends.Backend`; `default` is what PyTorch prefers: cuDNN's on Hopper and newer, or else flash."""
+    """The kernel of one of `attention_backends`; `default`: as PyTorch prefers, cuDNN's on Hopper and newer."""
     if device.type != "cuda":
         return "cpu"
     if backend == "default":
