@@ -3,8 +3,8 @@
 torchrun --nproc_per_node 4 tests/e2e/context_worker.py TASKS.json OUT
 
 `steps`: one training step of a random transformer, spread over teams, against the same step alone; `videos`: options of
-`scripts/generate.py`, frames saved; `commands`: scripts with their options. Each has its own port: processes connect
-anew.
+`scripts/generate.py`, frames saved; `measurements`: tasks of `benchmark/shared_work.py`; `commands`: scripts with their
+options. Each has its own port, since processes connect anew.
 """
 
 import json
@@ -27,6 +27,7 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
 from cogtune.adapter import adapter_parameters, add_lora
 from cogtune.attention import install_attention
+from cogtune.benchmark import shared_work
 from cogtune.config import AdapterSettings
 from cogtune.execution import configure_blocks
 from cogtune.generation_options import make_requests, parse_generation
@@ -132,6 +133,11 @@ def run_script(script: str, argv: list[str]) -> None:
     """A command as a launcher runs it."""
     sys.argv = [script, *argv]
     runpy.run_path(script, run_name="__main__")
+    reset_state()
+
+
+def reset_state() -> None:
+    """Lets the next run connect anew."""
     PartialState._reset_state()
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -151,6 +157,11 @@ def main() -> None:
     for argv in tasks.get("videos", []):
         os.environ["MASTER_PORT"] = str(next(ports))
         make_video(argv, output)
+    for task in tasks.get("measurements", []):
+        os.environ["MASTER_PORT"] = str(next(ports))
+        sys.argv = ["shared_work", json.dumps(task)]
+        shared_work.main()
+        reset_state()
     for script, *argv in tasks.get("commands", []):
         os.environ["MASTER_PORT"] = str(next(ports))
         run_script(script, argv)

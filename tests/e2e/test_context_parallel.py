@@ -1,5 +1,6 @@
 """One sample and one video over several processes against one process: gradients, losses, frames, files, errors."""
 
+import argparse
 import json
 import shutil
 import socket
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cogtune.benchmark import context
 from cogtune.generation_options import make_requests, parse_generation
 from cogtune.models import choose_device, find_folder, read_facts
 from cogtune.parallel.videos import plan_ranks
@@ -29,7 +31,7 @@ LOSS = 2e-5
 
 def launch(num_processes: int, tasks: dict[str, Any], output: Path) -> None:
     """Runs the worker's tasks under torchrun."""
-    count = 1 + len(tasks.get("videos", [])) + len(tasks.get("commands", []))
+    count = 1 + sum(len(tasks.get(name, [])) for name in ("videos", "measurements", "commands"))
     sockets = [socket.socket() for _ in range(count)]
     for free in sockets:
         free.bind(("127.0.0.1", 0))
@@ -50,25 +52,30 @@ ADAPTER = {"model": "tiny", "trained": "adapter"}
 FULL = {"model": "tiny-2b", "trained": "all"}
 TWO_RANKS = [
     ADAPTER | {"way": "ulysses", "activations": "keep_products"},
-    ADAPTER | {"way": "ulysses", "activations": "keep_attention", "compiler": "aot_eager"},
+    ADAPTER | {"way": "ulysses", "heads": 3, "activations": "keep_attention", "compiler": "aot_eager"},
     ADAPTER | {"way": "ring", "activations": "recompute", "compiler": "aot_eager"},
     FULL | {"way": "ulysses", "activations": "recompute"},
 ]
 FOUR_RANKS = [
     ADAPTER | {"way": "ring", "activations": "keep_attention"},
     ADAPTER | {"way": "ulysses", "size": 2},
-    ADAPTER | {"way": "ulysses", "heads": 5, "activations": "recompute", "compiler": "aot_eager"},
+    ADAPTER | {"way": "ulysses", "heads": 5, "activations": "recompute"},
     FULL | {"way": "ring"},
     FULL | {"way": "ulysses", "heads": 5, "activations": "keep_products"},
     FULL | {"way": "ring", "size": 2, "heads": 5},
     {"model": "tiny-i2v", "trained": "all", "way": "ulysses", "size": 2},
-    FULL | {"way": "ulysses", "size": 2, "dtype": "float32", "autocast": True, "activations": "keep_products"},
-    FULL | {"way": "ring", "dtype": "float32", "autocast": True},
+    {"model": "tiny", "trained": "all", "way": "ulysses", "size": 2, "dtype": "float32", "autocast": True},
+    {"model": "tiny", "trained": "all", "way": "ring", "dtype": "float32", "autocast": True},
 ]
 
 
-def check_steps(file: Path, count: int) -> None:
-    cases = json.loads(file.read_text())
+def read_steps(output: Path) -> list[dict[str, Any]]:
+    """The cases of a launch with their errors."""
+    return json.loads((output / "steps.json").read_text())
+
+
+def check_steps(output: Path, count: int) -> None:
+    cases = read_steps(output)
     assert len(cases) == count
     for case in cases:
         errors = case["errors"]
@@ -78,8 +85,9 @@ def check_steps(file: Path, count: int) -> None:
         assert errors["gradients"] < (EXACT if exact else 0.05), case
 
 
-def video_options(folder: Path, *more: str) -> list[str]:
-    return ["--model", str(folder), "--device", "cpu", "--steps", "5", *more]
+def video_options(folder: Path, *more: str, device: str = "cpu") -> list[str]:
+    """Options of `scripts/generate.py` for a few steps."""
+    return ["--model", str(folder), "--device", device, "--steps", "5", *more]
 
 
 def frames_alone(argv: list[str]) -> tuple[list[np.ndarray], list[str]]:
@@ -88,7 +96,7 @@ def frames_alone(argv: list[str]) -> tuple[list[np.ndarray], list[str]]:
     facts = read_facts(find_folder(options.model))
     requests = make_requests(options, facts)
     ranks = plan_ranks("auto", num_videos=len(requests), guided=True, processes=(0, 1))
-    sampling = set_up(options, facts, requests, ranks, choose_device("cpu"))
+    sampling = set_up(options, facts, requests, ranks, choose_device(options.device))
     frames, skipped = [], []
     for request in requests:
         made = sampling.make(request)
@@ -136,8 +144,17 @@ def test_two_processes(variant_folder: Callable[[str], Path], image: Path, tmp_p
             "--guidance-interval", "2", "--output", "image.mp4", "--steps", "9",
         ),
     ]  # fmt: skip
-    launch(2, {"steps": TWO_RANKS, "videos": videos}, tmp_path / "out")
-    check_steps(tmp_path / "out" / "steps.json", len(TWO_RANKS))
+    arguments = argparse.ArgumentParser()
+    context.add_arguments(arguments)
+    given = vars(arguments.parse_args(["--device=cpu", "--compile=off", "--steps=1", "--warmup=1", "--num_frames=9"]))
+    measurements = [
+        given | {"part": part, "output": str(tmp_path / f"{part}.json"), "folder": str(tmp_path), "profile": True}
+        for part in ("train:tiny:ring:2", "generate:tiny:halves:2")
+    ]
+    launch(2, {"steps": TWO_RANKS, "videos": videos, "measurements": measurements}, tmp_path / "out")
+    rows = [json.loads(Path(task["output"]).read_text()) for task in measurements]
+    assert rows[0]["loss"] > 0 and rows[0]["profile"]["kernels"] and rows[1]["video_seconds"] > 0
+    check_steps(tmp_path / "out", len(TWO_RANKS))
     check_videos(videos, tmp_path / "out")
 
 
@@ -167,7 +184,7 @@ def test_four_processes(
         ),
     ]  # fmt: skip
     launch(4, {"steps": FOUR_RANKS, "videos": videos, "commands": commands}, tmp_path / "out")
-    check_steps(tmp_path / "out" / "steps.json", len(FOUR_RANKS))
+    check_steps(tmp_path / "out", len(FOUR_RANKS))
     check_videos(videos, tmp_path / "out")
     assert [read_timeline(tmp_path / "videos" / f"out-00-{seed}.mp4").width for seed in (1, 2, 3)] == [96] * 3
 

@@ -31,6 +31,8 @@ from cogtune.random_pipeline import ARCHITECTURES
 WAYS = {"train": ("ulysses", "ring"), "generate": ("halves", "ulysses", "ring")}
 ALONE = "alone"
 _END_SECONDS = 10
+_LEAST_SECONDS = 5
+_WORKER = ["-m", "cogtune.benchmark.shared_work"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +65,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         for part in parts:
             left = min(arguments.time_limit, arguments.total_limit - (time.perf_counter() - started))
-            row = {"error": "left out: no time"} if left < 5 else _run_apart(part, arguments, Path(folder), left)
+            row = (
+                {"error": "left out: no time"}
+                if left < _LEAST_SECONDS
+                else _run_apart(part, arguments, Path(folder), left)
+            )
             results["parts"][part] = row
             print(f"{part}: {json.dumps(row)}", flush=True)
             if arguments.json:
@@ -121,7 +127,7 @@ def _run_apart(part: str, arguments: argparse.Namespace, folder: Path, seconds: 
     task = json.dumps(options | {"part": part, "output": str(output), "folder": str(folder)})
     count = parse_part(part)[3]
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if count > 1 else []
-    command = [sys.executable, *launch, "-m", "cogtune.benchmark.shared_work", task]
+    command = [sys.executable, *launch, *_WORKER, task]
     log = folder / "log.txt"
     with log.open("w") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)

@@ -52,6 +52,7 @@ class TeamAttention:
     def __init__(self, group: dist.ProcessGroup, way: Way, num_heads: int) -> None:
         self.size, self.place = dist.get_world_size(group), dist.get_rank(group)
         self.name = group.group_name
+        assert way == "ring" or num_heads >= self.size, f"{num_heads} heads can't be spread over {self.size} ranks"
         self.way: Way = way
         self.heads = split_evenly(num_heads, self.size)
         self.tokens: tuple[int, ...] = ()
