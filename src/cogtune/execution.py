@@ -76,6 +76,8 @@ def configure_blocks(
     """
     run_block = _make_runner(activations, has_dropout=has_dropout, shared=shared)
     if compiled:
+        # A block is one piece: cut at DDP's buckets, as is the default, its checkpoint would fall apart, or be refused.
+        torch._dynamo.config.optimize_ddp = False
         # The checkpoint lies inside the compiled region: only there can attention outputs be kept apart.
         run_block = torch.compile(run_block, dynamic=False, fullgraph=True, backend=compiler)
         for block in transformer.transformer_blocks:

@@ -23,6 +23,7 @@ from cogtune.benchmark.kernels import describe_profile, profile_steps
 from cogtune.benchmark.training import TrainingBench
 from cogtune.benchmark.variants import parse_variant, prepare_transformer
 from cogtune.generation import generate_latents, make_pipeline
+from cogtune.machine import avoid_fragments
 from cogtune.models import choose_device, choose_dtype
 from cogtune.optimization import StepGuard, make_optimizer
 from cogtune.parallel.ranks import Teams
@@ -92,6 +93,7 @@ def measure_training(task: argparse.Namespace, model: str, way: str, count: int)
 
 def measure_generation(task: argparse.Namespace, model: str, way: str, count: int) -> dict[str, Any]:
     """Seconds of a sampling step with guidance, all ranks on one video."""
+    avoid_fragments(choose_device(task.device))
     with started_ranks(choose_device(task.device), count) as device:
         facts = make_architecture_facts(model)
         dtype = choose_dtype("auto", facts, device)
