@@ -281,6 +281,7 @@ def list_training_rungs(
     num_block = sum(p.numel() for p in block.parameters())
     sharing = config.train.context_parallel
     times = BlockTimes.of(facts, tokens, batch_size, machine, num_ranks=sharing)
+    num_more_kept = kept_by_exchange(config, facts.num_heads)
     tokens = -(-tokens // sharing)  # of one rank
     unit = activation_bytes(facts, tokens, batch_size, dtype)
 
@@ -291,7 +292,7 @@ def list_training_rungs(
             machine,
             num_layers=facts.num_layers,
             block_bytes=num_block * element_bytes(dtype),
-            kept_bytes=KEPT_UNITS[plan.activations] * unit,
+            kept_bytes=(KEPT_UNITS[plan.activations] + num_more_kept) * unit,
             weight_gradients=not frozen,
         )
 
@@ -307,7 +308,7 @@ def list_training_rungs(
         num_encoder=models.count_image_encoder(facts),
         image_pixels=image_pixels,
         num_block_parameters=num_block,
-        num_more_kept=kept_by_exchange(config, facts.num_heads),
+        num_more_kept=num_more_kept,
     )
     shape = {"num_layers": facts.num_layers, "free_bytes": free_bytes, "streamable": streamable}
     ways = [{}] if frozen else list_optimizer_ways(config, dtype, free_bytes)

@@ -1,12 +1,15 @@
 """Times one sample's training step, and one video's sampling steps, over several GPUs against one GPU.
 
-    python scripts/bench.py context --gpus 1,2,4 --json context.json
+    python scripts/bench.py context --gpus 1,2 --json context.json
+    python scripts/bench.py context --models cogvideox-2b --kinds train --gpus 1,4
 
 Random weights, made on the GPU. Each measurement is a launch of its own (`torch.distributed.run`) with its own limit of
 time, so that one that fails or hangs costs no other. Measurements are named kind:model:way:gpus, with the ways
 
     train      ulysses, ring                 how tokens are attended to; `alone` on one GPU
-    generate   halves, ulysses, ring         halves: those of guidance apart, the rest by Ulysses; `alone` on one GPU
+    generate   halves, ulysses, ring         halves: those of guidance apart; `alone` on one GPU
+
+Sampling by the ring is measured where --only names it.
 
 Each also says how far it is from one GPU's result: the first loss, and the latents after all steps that were run.
 """
@@ -29,6 +32,7 @@ from cogtune.execution import Activations
 from cogtune.random_pipeline import ARCHITECTURES
 
 WAYS = {"train": ("ulysses", "ring"), "generate": ("halves", "ulysses", "ring")}
+_BY_DEFAULT = {"train": WAYS["train"], "generate": ("halves", "ulysses")}
 ALONE = "alone"
 _END_SECONDS = 10
 _LEAST_SECONDS = 5
@@ -38,7 +42,7 @@ _WORKER = ["-m", "cogtune.benchmark.shared_work"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench.py context`."""
     add = parser.add_argument
-    add("--models", default="cogvideox-5b,cogvideox-2b", help=f"by comma, of {', '.join(ARCHITECTURES)}")
+    add("--models", default="cogvideox-5b", help=f"by comma, of {', '.join(ARCHITECTURES)}")
     add("--kinds", default="train,generate", help="train, generate or both, by comma")
     add("--gpus", help="numbers of GPUs, by comma; default: 1, 2, 4, ... up to all")
     add("--only", help="instead: these measurements, by comma, such as train:cogvideox-5b:ulysses:2")
@@ -89,7 +93,7 @@ def list_parts(arguments: argparse.Namespace) -> list[str]:
             for model in models
             for count in gpus
             for kind in kinds
-            for way in ((ALONE,) if count == 1 else WAYS.get(kind, (ALONE,)))
+            for way in ((ALONE,) if count == 1 else _BY_DEFAULT.get(kind, (ALONE,)))
         ]
     for part in parts:
         kind, model, way, count = parse_part(part)
