@@ -7,6 +7,7 @@
     torchrun --nproc_per_node 2 scripts/bench.py checkpoint
     python scripts/bench.py memory --caps 24,16,12,8,6 --job lora
     python scripts/bench.py scale --gpus 2
+    python scripts/bench.py context --gpus 1,2,4
 
 `python scripts/bench.py train --help` lists the options; docs/benchmarks.md has the results.
 """
@@ -25,6 +26,7 @@ SUBJECTS = {
     "memory": "memory",
     "scale": "scale",
     "checkpoint": "checkpoint",
+    "context": "context",
 }
 
 

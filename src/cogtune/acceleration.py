@@ -17,6 +17,7 @@ from cogtune.frozen import Float8Base, quantize_block
 from cogtune.joint_blocks import join_blocks
 from cogtune.memory import free_device_bytes
 from cogtune.models import ModelFacts
+from cogtune.parallel.videos import SharedVideo
 from cogtune.placement import RELEASED_PIXELS, fits_whole, make_coder, stock_decode_bytes
 from cogtune.step_cache import CacheSettings, StepCache
 from cogtune.vae.frame_coder import FrameCoder
@@ -128,13 +129,15 @@ def accelerate(
     coded: bool,
     backend: Backend = "default",
     pixels: int = RELEASED_PIXELS,
+    shared: SharedVideo | None = None,
 ) -> FrameCoder | None:
     """Sets up sampling on a placed pipeline; returns what decodes the videos, or None where the stock decoder does.
 
-    `coded`: decode with `FrameCoder`, which needs the whole autoencoder on the device.
+    `coded`: decode with `FrameCoder`, which needs the whole autoencoder on the device. `shared`: the ranks of a video.
     """
-    if compiled or cache is not None:
-        steps = StepCache(cache) if cache else None
-        join_blocks(pipeline.transformer, compiled=compiled, cache=steps, backend=backend)
+    if compiled or cache is not None or shared is not None:
+        steps = StepCache(cache, None if shared is None else shared.add_up) if cache else None
+        team = None if shared is None else shared.attention
+        join_blocks(pipeline.transformer, compiled=compiled, cache=steps, backend=backend, team=team)
     # Trying convolution algorithms takes longer than a few videos gain by it.
     return make_coder(pipeline.vae, pixels=pixels) if coded else None

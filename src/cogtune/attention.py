@@ -8,19 +8,18 @@
 Whatever is not plain (trained base weights, dropout, DoRA) is projected layer by layer.
 """
 
-import contextlib
 from typing import Any
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.attention_processor import Attention
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch.nn.attention import sdpa_kernel
 
 from cogtune.adapter import has_dropout, plain_update
-from cogtune.attention_backends import SDPA_BACKENDS, Backend
+from cogtune.attention_backends import Backend
 from cogtune.frozen import FrozenLinear, apply_updated, is_frozen
 from cogtune.low_rank import stack_updates
+from cogtune.parallel.sequence import TeamAttention, attend_plainly
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 
@@ -28,8 +27,9 @@ Rotary = tuple[torch.Tensor, torch.Tensor]
 class FusedAttention:
     """An attention processor for `CogVideoXTransformer3DModel.set_attn_processor`."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, team: TeamAttention | None = None) -> None:
         self.backend: Backend = backend
+        self.team = team
 
     def __call__(
         self,
@@ -45,12 +45,17 @@ class FusedAttention:
         x = torch.cat([encoder_hidden_states, hidden_states], dim=1)
         rotary = None if image_rotary_emb is None else extend_rotary(image_rotary_emb, num_text)
         assert attn.to_out is not None
-        y = attn.to_out[1](attend(attn, x, rotary, self.backend))
+        y = attn.to_out[1](attend(attn, x, rotary, self.backend, self.team))
         return y[:, num_text:], y[:, :num_text]
 
 
-def attend(attn: Any, x: torch.Tensor, rotary: Rotary | None, backend: Backend) -> torch.Tensor:
-    """Attention over the joint sequence [B, S, D], projected in and out; `rotary` has all its tokens."""
+def attend(
+    attn: Any, x: torch.Tensor, rotary: Rotary | None, backend: Backend, team: TeamAttention | None = None
+) -> torch.Tensor:
+    """Attention over the joint sequence [B, S, D], projected in and out; `rotary` has all its tokens.
+
+    With a `team`, `x` has this rank's tokens, which attend to those of the others too.
+    """
     query, key, value = (part.unflatten(-1, (attn.heads, -1)) for part in project(attn, x))
     if attn.norm_q is not None:
         query = attn.norm_q(query)
@@ -58,12 +63,8 @@ def attend(attn: Any, x: torch.Tensor, rotary: Rotary | None, backend: Backend) 
         key = attn.norm_k(key)
     if rotary is not None:
         query, key = rotate(query, rotary), rotate(key, rotary)
-    backends = SDPA_BACKENDS[backend]
-    with sdpa_kernel(backends) if backends else contextlib.nullcontext():
-        y = torch.nn.functional.scaled_dot_product_attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        )
-    return attn.to_out[0](y.transpose(1, 2).flatten(2))
+    mix = attend_plainly if team is None else team
+    return attn.to_out[0](mix(query, key, value, backend).flatten(2))
 
 
 def extend_rotary(rotary: Rotary, num_text: int) -> Rotary:
@@ -102,12 +103,14 @@ def project(attn: Attention, x: torch.Tensor) -> list[torch.Tensor]:
     return list(y.split(size, dim=-1))
 
 
-def install_attention(transformer: CogVideoXTransformer3DModel, backend: Backend, *, fuse: bool = True) -> None:
+def install_attention(
+    transformer: CogVideoXTransformer3DModel, backend: Backend, team: TeamAttention | None = None, *, fuse: bool = True
+) -> None:
     """Gives every block our processor and fuses the projections of frozen blocks; call it on the final device.
 
     Not `fuse`: q, k and v stay three products, as weights that are divided among processes must.
     """
-    transformer.set_attn_processor(FusedAttention(backend))  # pyright: ignore[reportArgumentType]
+    transformer.set_attn_processor(FusedAttention(backend, team))  # pyright: ignore[reportArgumentType]
     for block in transformer.transformer_blocks if fuse else ():
         fuse_projections(block.attn1)  # pyright: ignore[reportArgumentType]
 

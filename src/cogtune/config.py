@@ -115,6 +115,12 @@ class TrainSettings(Section):
     """Samples per device and forward pass."""
     gradient_accumulation_steps: Positive = 1
     """Forward passes per optimizer step."""
+    context_parallel: Positive = 1
+    """Processes that share each sample, its tokens spread over them; the others have samples of their own. Changes no
+    result but the order of sums (docs/context.md)."""
+    context_attention: Literal["auto", "ulysses", "ring"] = "auto"
+    """How they attend to each other's tokens. ulysses: each gets some of the heads; ring: keys and values travel; auto:
+    ulysses where heads divide, or nearly do."""
     seed: int = 42
     """Everything random in the run follows from it."""
     caption_dropout: Fraction = 0.1

@@ -5,6 +5,9 @@
     keep_attention   attention outputs are kept, the rest of a block is recomputed from its input
     recompute        whole blocks are recomputed from their inputs: least memory
 
+What comes from other ranks (`parallel`) is kept by all of them: no message is sent twice, and those of the backward
+pass depend on each other, so that all ranks send them in one order.
+
 None of them changes a result; the blocks are compiled one by one, so that all share one compiled graph.
 """
 
@@ -17,6 +20,8 @@ from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from cogtune.parallel.exchange import exchange
+from cogtune.parallel.ring import ring_attention
 from cogtune.streaming.activations import ActivationOffload
 from cogtune.streaming.blocks import find_stream
 from cogtune.streaming.gradients import GradientStream
@@ -41,8 +46,13 @@ _PRODUCT_OPS = frozenset(
         torch.ops.aten._scaled_mm.default,
     }
 )
+_SHARED_OPS = frozenset({exchange._opoverload, ring_attention._opoverload})
 # Of these, the compiled backward pass keeps only what it reads: not the output of the feed-forward's second product.
-_KEPT_OPS = {"keep_products": _ATTENTION_OPS | _PRODUCT_OPS, "keep_attention": _ATTENTION_OPS}
+_KEPT_OPS = {
+    "keep_products": _ATTENTION_OPS | _PRODUCT_OPS | _SHARED_OPS,
+    "keep_attention": _ATTENTION_OPS | _SHARED_OPS,
+    "recompute": _SHARED_OPS,
+}
 
 
 def _policy(kept: frozenset[Any], _context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
@@ -59,18 +69,23 @@ def configure_blocks(
     num_offloaded: int = 0,
     gradients: GradientStream | None = None,
     hooked: bool = False,
+    shared: bool = False,
 ) -> None:
     """Sets up checkpointing and compilation of every block, in place; streamed weights are streamed in both passes.
 
     What `num_offloaded` of the blocks keep for the backward pass waits in host memory. `gradients` takes each trained
-    block's away when they are there. `hooked`: the blocks have hooks that gather their weights (`parallel`).
+    block's away when they are there. `hooked`: the blocks have hooks that gather their weights (`parallel`). `shared`:
+    the ranks of a team have parts of the tokens.
     """
     if hooked:
         assert not num_offloaded and gradients is None and find_stream(transformer) is None
-        _configure_hooked(transformer, activations, compiled=compiled, has_dropout=has_dropout, compiler=compiler)
+        run_block = _make_runner(activations, has_dropout=has_dropout, shared=shared, call=CogVideoXBlock.forward)
+        _configure_hooked(transformer, run_block, compiled=compiled, compiler=compiler)
         return
-    run_block = _make_runner(activations, has_dropout=has_dropout)
+    run_block = _make_runner(activations, has_dropout=has_dropout, shared=shared)
     if compiled:
+        # A block is one piece: cut at DDP's buckets, as is the default, its checkpoint would fall apart, or be refused.
+        torch._dynamo.config.optimize_ddp = False
         # The checkpoint lies inside the compiled region: only there can attention outputs be kept apart.
         run_block = torch.compile(run_block, dynamic=False, fullgraph=True, backend=compiler)
         for block in transformer.transformer_blocks:
@@ -96,15 +111,9 @@ def configure_blocks(
 
 
 def _configure_hooked(
-    transformer: CogVideoXTransformer3DModel,
-    activations: Activations,
-    *,
-    compiled: bool,
-    has_dropout: bool,
-    compiler: str,
+    transformer: CogVideoXTransformer3DModel, run_block: Callable[..., Any], *, compiled: bool, compiler: str
 ) -> None:
     """The same for blocks whose calls have hooks: what is compiled and recomputed lies inside of them."""
-    run_block = _make_runner(activations, has_dropout=has_dropout, call=CogVideoXBlock.forward)
     sample_block: Callable[..., Any] = CogVideoXBlock.forward
     if compiled:
         run_block = torch.compile(run_block, dynamic=False, fullgraph=True, backend=compiler)
@@ -142,12 +151,12 @@ def _call(block: torch.nn.Module, *inputs: Any) -> Any:
 
 
 def _make_runner(
-    activations: Activations, *, has_dropout: bool, call: Callable[..., Any] = _call
+    activations: Activations, *, has_dropout: bool, shared: bool, call: Callable[..., Any] = _call
 ) -> Callable[..., Any]:
     if activations == "keep_all":
         return lambda block, *inputs: call(block, *inputs)
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": has_dropout}
-    if activations in _KEPT_OPS:
+    if activations != "recompute" or shared:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_policy, _KEPT_OPS[activations]))
 
     def run_block(block: torch.nn.Module, *inputs: Any) -> Any:

@@ -155,32 +155,44 @@ def explain_out_of_memory(error: BaseException) -> str:
     )
 
 
+def help_generate(pipeline: Pipeline, request: Request, *, max_text_length: int = 226) -> None:
+    """`generate` on a rank that only has part of the tokens: nothing is decoded."""
+    if find_stream(pipeline.transformer) is not None:
+        _sample_in_turns(pipeline, request, max_text_length)
+        return
+    _start_steps(pipeline, request)
+    _call_with_texts(pipeline, request, max_text_length, "latent")
+
+
 def generate(
     pipeline: Pipeline, request: Request, *, max_text_length: int = 226, coder: FrameCoder | None = None
 ) -> np.ndarray:
     """One video, uint8 RGB [F, H, W, 3], from a whole pipeline; `coder` decodes it, or else the pipeline."""
     if find_stream(pipeline.transformer) is not None:
-        return _generate_in_turns(pipeline, request, max_text_length, coder)
+        latents = _sample_in_turns(pipeline, request, max_text_length)
+        return decode_latents(pipeline.vae, latents, pipeline.vae_scaling_factor_image, coder)
     _start_steps(pipeline, request)
     whole = coder is None and request.video is None
-    output = _call(
-        pipeline,
-        request,
-        prompt=request.prompt,
-        negative_prompt=request.negative_prompt,
-        max_sequence_length=max_text_length,
-        output_type="pt" if whole else "latent",
-    )
+    output = _call_with_texts(pipeline, request, max_text_length, "pt" if whole else "latent")
     if whole:
         return _to_uint8(output[0].permute(0, 2, 3, 1))
     device = pipeline._execution_device
     return decode_latents(pipeline.vae, output, pipeline.vae_scaling_factor_image, coder, device=device)
 
 
-def _generate_in_turns(
-    pipeline: Pipeline, request: Request, max_text_length: int, coder: FrameCoder | None
-) -> np.ndarray:
-    """Text encoder, transformer and autoencoder one after the other; each one's blocks leave when it is done."""
+def _call_with_texts(pipeline: Pipeline, request: Request, max_text_length: int, output_type: str) -> torch.Tensor:
+    return _call(
+        pipeline,
+        request,
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        max_sequence_length=max_text_length,
+        output_type=output_type,
+    )
+
+
+def _sample_in_turns(pipeline: Pipeline, request: Request, max_text_length: int) -> torch.Tensor:
+    """Latents, with text encoder and transformer one after the other; each one's blocks leave when it is done."""
     encoder: Any = pipeline.text_encoder
     texts = [
         embed([text], pipeline.tokenizer, encoder, max_text_length)[0]
@@ -189,7 +201,7 @@ def _generate_in_turns(
     release_blocks(encoder)
     latents = generate_latents(pipeline, request, *texts)
     release_blocks(pipeline.transformer)
-    return decode_latents(pipeline.vae, latents, pipeline.vae_scaling_factor_image, coder)
+    return latents
 
 
 @torch.no_grad()

@@ -48,6 +48,12 @@ class GenerationOptions:
     compile: Switch
     merge: Switch
     cache: CacheSettings | None
+    gpus_per_video: int | Literal["auto"]
+
+    @property
+    def may_part_guidance(self) -> bool:
+        """Whether there are two halves that run in every step."""
+        return self.guidance > 1 and (self.cache is None or self.cache.guidance_interval == 1)
 
     @property
     def num_steps(self) -> int:
@@ -112,6 +118,7 @@ def parse_generation(description: str, argv: list[str] | None = None) -> Generat
     add("--cache-threshold", type=float, default=0.1, help="first-block: largest change that is skipped")
     add("--cache-max-skipped", type=int, default=3, help="first-block: steps in a row that may be skipped")
     add("--guidance-interval", type=int, default=3, help="guidance: steps between full ones")
+    add("--gpus-per-video", default="auto", help="with torchrun: GPUs that share one video; auto: as is fastest")
     given = parser.parse_args(argv)
     prompts = [*given.prompt, *(_read_prompts(given.prompts_file) if given.prompts_file else [])]
     if not prompts:
@@ -121,6 +128,7 @@ def parse_generation(description: str, argv: list[str] | None = None) -> Generat
     if given.output.suffix.lower() != ".mp4":
         raise UserError(f"--output {given.output}: must end in .mp4")
     _check_cache(given)
+    gpus_per_video = _read_gpus_per_video(given.gpus_per_video, given.offload)
     if len(given.image) not in (0, 1, len(prompts)):
         raise UserError(f"--image: {len(given.image)} for {len(prompts)} prompts; give one for all, or one for each")
     return GenerationOptions(
@@ -155,7 +163,20 @@ def parse_generation(description: str, argv: list[str] | None = None) -> Generat
             guidance_interval=given.guidance_interval,
             max_skipped=given.cache_max_skipped,
         ),
+        gpus_per_video=gpus_per_video,
     )
+
+
+def _read_gpus_per_video(text: str, offload: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return 1 if offload == "sequential" else "auto"
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"--gpus-per-video {text}: expected a number of GPUs, or auto")
+    if int(text) > 1 and offload == "sequential":
+        raise UserError(
+            f"--gpus-per-video {text}: can't go with --offload sequential, which moves single layers; use stream"
+        )
+    return int(text)
 
 
 def _check_cache(given: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cogtune.attention import Rotary, attend, extend_rotary, fuse_projections
 from cogtune.attention_backends import Backend
 from cogtune.frozen import Float8FeedForward
+from cogtune.parallel.sequence import TeamAttention
 from cogtune.step_cache import StepCache
 from cogtune.streaming.blocks import StreamedBlocks, visit
 
@@ -44,8 +45,9 @@ def run_block(
     text_length: int,
     backend: Backend = "default",
     fused_gelu: bool = True,
+    team: TeamAttention | None = None,
 ) -> Tensor:
-    """One stock block on the joined sequence [B, N, C]: text tokens first."""
+    """One stock block on the joined sequence [B, N, C]: text tokens first. With a `team`, on this rank's part of it."""
     is_text = (torch.arange(joint.shape[1], device=joint.device) < text_length)[None, :, None]
     for norm, layers in ((block.norm1, None), (block.norm2, block.ff)):
         modulation = norm.linear(norm.silu(temb))[:, None]
@@ -55,7 +57,7 @@ def run_block(
         )
         modulated = norm.norm(joint) * (1 + scale) + shift
         if layers is None:
-            change = attend(block.attn1, modulated, rotary, backend)
+            change = attend(block.attn1, modulated, rotary, backend, team)
         else:
             change = _feed_forward(layers, modulated, fused=fused_gelu)
         joint = joint + gate * change
@@ -66,9 +68,17 @@ class JointBlocks(nn.Module):
     """All blocks of a transformer behind the interface of one stock block."""
 
     def __init__(
-        self, blocks: nn.ModuleList, *, compiled: bool, cache: StepCache | None, backend: Backend, fused_gelu: bool
+        self,
+        blocks: nn.ModuleList,
+        *,
+        compiled: bool,
+        cache: StepCache | None,
+        backend: Backend,
+        fused_gelu: bool,
+        team: TeamAttention | None,
     ) -> None:
         super().__init__()
+        self.team = team
         self.fused_gelu = fused_gelu
         self.blocks = blocks
         self.cache = cache
@@ -95,7 +105,9 @@ class JointBlocks(nn.Module):
 
         def run(first: int, last: int | None, values: Tensor, embedding: Tensor) -> Tensor:
             for block in visit(self.blocks, first, last):
-                values = self._run(block, values, embedding, rotary, text_length, self.backend, self.fused_gelu)
+                values = self._run(
+                    block, values, embedding, rotary, text_length, self.backend, self.fused_gelu, self.team
+                )
             return values
 
         joint = run(0, None, joint, temb) if self.cache is None else self.cache.run(run, joint, temb)
@@ -115,15 +127,24 @@ def join_blocks(
     cache: StepCache | None = None,
     backend: Backend = "default",
     fused_gelu: bool = True,
+    team: TeamAttention | None = None,
 ) -> JointBlocks:
-    """Lets a transformer on its final device run its blocks this way, in place; adapters come before."""
+    """Lets a transformer on its final device run its blocks this way, in place; adapters come before.
+
+    `team`: who has the other tokens (`parallel.sequence`).
+    """
     # Offloading moves the weights one by one, and the views of a whole would become copies; streamed blocks were fused
     # before they left.
     if not hasattr(transformer, "_hf_hook") and not isinstance(transformer.transformer_blocks, StreamedBlocks):
         for block in transformer.transformer_blocks:
             fuse_projections(block.attn1)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
     joint = JointBlocks(
-        transformer.transformer_blocks, compiled=compiled, cache=cache, backend=backend, fused_gelu=fused_gelu
+        transformer.transformer_blocks,
+        compiled=compiled,
+        cache=cache,
+        backend=backend,
+        fused_gelu=fused_gelu,
+        team=team,
     )
     transformer.transformer_blocks = nn.ModuleList([joint])
     return joint

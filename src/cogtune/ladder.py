@@ -50,11 +50,16 @@ class BlockTimes:
     attention_backward: float
 
     @classmethod
-    def of(cls, facts: ModelFacts, tokens: int, batch_size: int, machine: Machine) -> "BlockTimes":
-        """From the block's arithmetic: 12 products of width x width a token, and attention over all tokens."""
+    def of(
+        cls, facts: ModelFacts, tokens: int, batch_size: int, machine: Machine, *, num_ranks: int = 1
+    ) -> "BlockTimes":
+        """From the block's arithmetic: 12 products of width x width a token, and attention over all tokens.
+
+        `num_ranks` share the work; their messages are not counted.
+        """
         width = facts.num_heads * facts.head_dim
-        linear = 24 * batch_size * tokens * width**2
-        attention = 4 * batch_size * tokens**2 * width
+        linear = 24 * batch_size * tokens * width**2 / num_ranks
+        attention = 4 * batch_size * tokens**2 * width / num_ranks
         return cls(
             linear / (machine.flops * _LINEAR),
             attention / (machine.flops * _ATTENTION_FORWARD),

@@ -152,6 +152,7 @@ def predict(
     on_host: bool = False,
     eight_bit: bool = False,
     strategy: Strategy | None = None,
+    num_more_kept: float = 0.0,
 ) -> MemoryPlan:
     """The plan for a transformer of `num_parameters` frozen and `num_trainable` trained ones.
 
@@ -161,11 +162,12 @@ def predict(
     of the blocks are not streamed. `on_host`: all are trained, and the device has copies of two blocks, and the
     gradients of two. `eight_bit`: none of the trained ones has a float32 copy, and the device has the gradients of one
     block (`num_block_trained`; default: `num_block_parameters`). `ema_bytes`: an average of the trained weights.
+    `num_more_kept`: tensors that a block keeps on top of `KEPT_UNITS`.
     """
     size = element_bytes(dtype)
     unit = activation_bytes(facts, tokens, batch_size, dtype)
     weights = (num_parameters - num_float8) * size + num_float8 * 2
-    kept_by_block = KEPT_UNITS[activations] * unit
+    kept_by_block = (KEPT_UNITS[activations] + num_more_kept) * unit
     at_once = min(facts.num_layers, facts.num_layers - num_offloaded + (OFFLOADED_AT_ONCE if num_offloaded else 0))
     host = int(num_offloaded * kept_by_block)
     if num_resident is not None:

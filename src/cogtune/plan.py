@@ -32,6 +32,7 @@ from cogtune.models import ModelFacts
 from cogtune.optimizer_ways import check_optimizer, list_optimizer_ways
 from cogtune.parallel.compatibility import check_strategy
 from cogtune.parallel.strategy import Strategy, read_strategy
+from cogtune.parallel.training import check_context, kept_by_exchange
 from cogtune.shards.plan import count_saved_bytes, decide_asynchronous
 from cogtune.streaming.host import free_host_bytes
 from cogtune.trained_weights import choose_trained, count_frozen_in_blocks
@@ -77,13 +78,15 @@ class TrainingPlan(DataPlan):
     def global_batch(self) -> int:
         """Samples in one optimizer step."""
         train = self.config.train
-        return train.batch_size * train.gradient_accumulation_steps * self.world_size
+        return train.batch_size * train.gradient_accumulation_steps * (self.world_size // train.context_parallel)
 
     def describe(self) -> str:
         """The plan for a person, one fact a line."""
         config, facts = self.config, self.facts
         samples = config.train.max_steps * self.global_batch
         epoch = sum(clip.weight for clip in self.train_clips)
+        sharing = config.train.context_parallel
+        shared = f" / {sharing} that share a sample" if sharing > 1 else ""
         free = "unknown" if self.free_bytes is None else f"{self.free_bytes / GIB:.1f} GiB"
         rows = {
             "model": f"{facts.variant} at {facts.folder}",
@@ -95,7 +98,7 @@ class TrainingPlan(DataPlan):
             "format": self.describe_formats(),
             "tokens": f"{self.tokens:,} a sample" + (" at most" if len(self.formats) > 1 else ""),
             "batch": f"{config.train.batch_size} x {config.train.gradient_accumulation_steps} accumulated x "
-            f"{self.world_size} process(es) = {self.global_batch} samples a step",
+            f"{self.world_size} process(es){shared} = {self.global_batch} samples a step",
             "strategy": self.strategy.describe(),
             "steps": f"{config.train.max_steps:,} = {samples:,} samples = {samples / epoch:.1f} epochs",
             "memory": f"{self.memory.describe()}; free: {free}",
@@ -251,6 +254,7 @@ def _add_training(
     _check_cuda_graph(data)
     strategy = read_strategy(os.environ)
     check_strategy(config, strategy, data.dtype, full=full)
+    check_context(config, data.facts)
     check_optimizer(config, data.dtype, full=full)
     check_backend(
         config.train.attention,
@@ -351,8 +355,11 @@ def list_training_rungs(
         settings = settings.model_copy(update={"offloaded_blocks": 0})
     block = models.make_meta_transformer(facts).transformer_blocks[0]
     num_block = sum(p.numel() for p in block.parameters())
+    sharing = config.train.context_parallel
+    times = BlockTimes.of(facts, tokens, batch_size, machine, num_ranks=sharing)
+    num_more_kept = kept_by_exchange(config, facts.num_heads)
+    tokens = -(-tokens // sharing)  # of one rank
     unit = activation_bytes(facts, tokens, batch_size, dtype)
-    times = BlockTimes.of(facts, tokens, batch_size, machine)
 
     def time_of(plan: MemoryPlan) -> float:
         return predict_seconds(
@@ -361,7 +368,7 @@ def list_training_rungs(
             machine,
             num_layers=facts.num_layers,
             block_bytes=num_block * element_bytes(dtype),
-            kept_bytes=KEPT_UNITS[plan.activations] * unit,
+            kept_bytes=(KEPT_UNITS[plan.activations] + num_more_kept) * unit,
             weight_gradients=full,
         )
 
@@ -382,6 +389,7 @@ def list_training_rungs(
         ema_on_host=config.train.ema_on_host,
         full=full,
         strategy=strategy,
+        num_more_kept=num_more_kept,
     )
     shape = {"num_layers": facts.num_layers, "free_bytes": free_bytes, "streamable": streamable}
     ways = list_optimizer_ways(config, dtype, free_bytes) if full and not divided else [{}]

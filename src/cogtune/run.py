@@ -32,6 +32,7 @@ from cogtune.memory import explain_out_of_memory
 from cogtune.parallel.assembly import divide_transformer, make_engine, place_transformer
 from cogtune.parallel.engine import Engine
 from cogtune.parallel.strategy import settings_of_our_own
+from cogtune.parallel.training import SharedSample, share_samples, teams_of
 from cogtune.plan import TrainingPlan
 from cogtune.preparation import EncodedData
 from cogtune.report import write_report
@@ -56,6 +57,8 @@ _FREE_SETTINGS = frozenset(
         "model.device",
         "train.compile",
         "train.attention",
+        "train.context_attention",
+        "train.context_parallel",
         "train.batch_size",
         "train.gradient_accumulation_steps",  # their product with the processes is compared instead
         "data.manifest",
@@ -131,6 +134,7 @@ class Run:
     def __init__(self, plan: TrainingPlan, accelerator: Accelerator, data: EncodedData) -> None:
         self.plan, self.accelerator, self.data = plan, accelerator, data
         self.config = plan.config
+        self.teams = teams_of(plan.config, accelerator.process_index, accelerator.num_processes)
         self.folder = plan.config.output_dir
         self.identity: dict[str, Any] = {
             "config": self.config.to_plain(),
@@ -195,7 +199,8 @@ class Run:
         set_seed(config.train.seed)
         transformer, memory = trained.transformer, plan.memory
         place_transformer(plan, trained, accelerator.device)
-        backend = self._choose_attention(transformer)
+        shared = share_samples(config, plan.facts.num_heads, self.teams)
+        backend = self._choose_attention(transformer, shared)
         mesh = divide_transformer(plan, trained, accelerator.device)
         self._note_ways(backend)
         configure_blocks(
@@ -206,7 +211,10 @@ class Run:
             num_offloaded=memory.num_offloaded,
             gradients=None if trained.host is None else trained.host.gradients,
             hooked=plan.strategy.shards_weights,
+            shared=shared is not None,
         )
+        if shared is not None:
+            shared.split(transformer)
         allow_shapes(len({clip.form for clip in [*plan.train_clips, *plan.validation_clips]}))
         engine = make_engine(accelerator, plan, trained, mesh)
         self._store = engine.store
@@ -280,22 +288,26 @@ class Run:
             return "always"  # with divided weights, whenever any process asks
         return "samples" if self.accelerator.device.type == "cpu" else "batch"
 
-    def _choose_attention(self, transformer: Any) -> Backend:
+    def _choose_attention(self, transformer: Any, shared: SharedSample | None) -> Backend:
         """Measures the attention kernels for this run's shape and takes one."""
         plan, config, device = self.plan, self.config, self.accelerator.device
         timings: dict[Backend, BackendTiming] = {}
+        heads, tokens = plan.facts.num_heads, plan.tokens
+        if shared is not None:
+            heads, tokens = shared.attention_shape(heads, tokens)
         if device.type == "cuda" and config.train.attention != "default":
             timings = measure_backends(
                 batch_size=config.train.batch_size,
-                num_heads=plan.facts.num_heads,
-                tokens=plan.tokens,
+                num_heads=heads,
+                tokens=tokens,
                 head_dim=plan.facts.head_dim,
                 dtype=plan.dtype,
                 device=device,
             )
         backend = choose_backend(config.train.attention, timings)
         activate(backend)
-        install_attention(transformer, backend, fuse=not plan.strategy.shards_weights)
+        team = None if shared is None else shared.attention
+        install_attention(transformer, backend, team, fuse=not plan.strategy.shards_weights)
         measured = ", ".join(f"{name} {1e3 * timing.total:.1f} ms" for name, timing in timings.items())
         self.accelerator.print(f"attention   {backend}" + (f" (a layer's step: {measured})" if measured else ""))
         return backend
@@ -334,7 +346,7 @@ class Run:
         return self._ema.swapped_in() if self._ema is not None else contextlib.nullcontext()
 
     def _make_loader(self, first_step: int) -> DataLoader[Batch]:
-        train, accelerator = self.config.train, self.accelerator
+        train = self.config.train
         dataset = TrainingSet(
             self.data.train,
             self.data.cache,
@@ -354,8 +366,8 @@ class Run:
             last_step=train.max_steps,
             batch_size=train.batch_size,
             accumulation=train.gradient_accumulation_steps,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
+            rank=self.teams.team,
+            world_size=self.teams.num_teams,
         )
         return make_loader(
             dataset, sampler, num_workers=self.plan.num_workers, pin_memory=self.plan.device.type == "cuda"

@@ -53,8 +53,9 @@ def make_settings(
 class StepCache:
     """What one video's steps keep for the next ones. The two halves of guidance are one batch: without, with prompt."""
 
-    def __init__(self, settings: CacheSettings) -> None:
-        self.settings = settings
+    def __init__(self, settings: CacheSettings, add_up: Callable[[Tensor], Tensor] | None = None) -> None:
+        """`add_up`: sums over the ranks that share a video, which must agree on what is skipped."""
+        self.settings, self._add_up = settings, add_up
         self.kinds: list[StepKind] = []
         self._num_steps = 0
         self._clear()
@@ -114,8 +115,10 @@ class StepCache:
         if len(recent) == self.settings.max_skipped and all("first block" in kind for kind in recent):
             return False
         before = self._head[-len(change) :]
-        difference = (change - before).abs().mean(dtype=torch.float32) / before.abs().mean(dtype=torch.float32)
-        return bool(difference < self.settings.threshold)
+        sums = torch.stack([x.abs().sum(dtype=torch.float32) for x in (change - before, before)])
+        if self._add_up is not None:
+            sums = self._add_up(sums)
+        return bool(sums[0] < self.settings.threshold * sums[1])
 
 
 def _name(*, skipped: bool, halved: bool) -> StepKind:

@@ -84,9 +84,8 @@ class Trainer:
         self._make_loader, self._saver, self._log, self._validate = make_loader, saver, log, validate
         self._identity, self._ema = identity, ema
         self._parameters = trained.parameters()
-        self._global_batch = (
-            config.train.batch_size * config.train.gradient_accumulation_steps * accelerator.num_processes
-        )
+        num_teams = accelerator.num_processes // config.train.context_parallel
+        self._global_batch = config.train.batch_size * config.train.gradient_accumulation_steps * num_teams
         self._pass: Callable[[Batch], torch.Tensor] = self._run_pass
         if config.train.cuda_graph:
             self._pass = RecordedPass(self._run_pass, list(self._parameters.values()))
@@ -214,7 +213,7 @@ class Trainer:
                 for loss, line in lines
                 if loss != loss or abs(loss) == float("inf")
             ]
-        everyone = gather_object(mine)
+        everyone = list(dict.fromkeys(gather_object(mine)))  # ranks may share a sample
         if not everyone:
             last = recent.samples[-1]
             everyone = [

@@ -140,9 +140,12 @@ def generate_videos(
     quiet: bool,
     image_encoder: ImageEncoder | None = None,
     num_own: int | None = None,
+    decode: bool = True,
 ) -> None:
     """Generates this rank's jobs into the folder; `image_encoder` for image-to-video models. Jobs after the first
     `num_own` are sampled along and dropped (`parallel.lockstep`).
+
+    Ranks that share a video's tokens all have its job, and one of them the task to `decode`.
 
     The VAE comes onto the device only to decode, after all latents are sampled and streamed weights have left, frame
     by frame where memory is short (by tiles on a CPU), so the peak stays near that of sampling.
@@ -164,7 +167,7 @@ def generate_videos(
     release_blocks(transformer)
     release_memory(device)
     jobs = jobs[:num_own]
-    if not jobs:
+    if not jobs or not decode:
         return
     vae = models.load_vae(facts, dtype).to(device)  # pyright: ignore[reportArgumentType]
     vae.enable_tiling()

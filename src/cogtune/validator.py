@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from cogtune.denoiser import Denoiser
 from cogtune.parallel.lockstep import share_out
+from cogtune.parallel.training import teams_of
 from cogtune.plan import TrainingPlan
 from cogtune.preparation import EncodedData
 from cogtune.report import write_report
@@ -39,6 +40,7 @@ class Validator:
         self._plan, self._accelerator, self._data = plan, accelerator, data
         self._transformer, self._denoiser, self._log = transformer, denoiser, log
         self._averaged_weights = averaged_weights
+        self._teams = teams_of(plan.config, accelerator.process_index, accelerator.num_processes)
         self._folder = plan.config.output_dir
         self._jobs = _make_jobs(plan, data)
 
@@ -92,12 +94,13 @@ class Validator:
             quiet=not accelerator.is_main_process,
             image_encoder=self._denoiser.image_encoder,
             num_own=num_own,
+            decode=self._teams.place == 0,
         )
 
     def _share_out(self, items: Sequence[T]) -> tuple[list[T], int]:
         """This rank's part, and how many of it are its own: with divided weights all ranks go through as many."""
-        accelerator, even = self._accelerator, self._plan.strategy.shards_weights
-        return share_out(items, accelerator.process_index, accelerator.num_processes, even=even)
+        teams, even = self._teams, self._plan.strategy.shards_weights
+        return share_out(items, teams.team, teams.num_teams, even=even)
 
     def _copy_base_videos(self, folder: Path) -> None:
         """The base model's videos of the same requests; after a change of prompts there may be none."""

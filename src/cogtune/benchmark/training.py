@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from cogtune.adapter import TrainedAdapter
 from cogtune.attention_backends import SDPA_BACKENDS, BackendTiming, choose_backend
@@ -120,7 +120,8 @@ class TrainingBench:
         self.tokens = self.facts.num_tokens(*self.size)
         self.shape = StepShape.of(self.facts, self.tokens, arguments.batch_size)
         self.ceilings: dict[str, Any] = {}
-        self.accelerator = Accelerator(mixed_precision="no", cpu=self.device.type == "cpu")
+        buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)  # as a run's
+        self.accelerator = Accelerator(mixed_precision="no", cpu=self.device.type == "cpu", kwargs_handlers=[buckets])
         self.config = RunConfig.model_validate(
             {"adapter": {"rank": arguments.rank}, "train": {"max_steps": 1 << 20, "batch_size": arguments.batch_size}}
         )
@@ -260,9 +261,10 @@ class TrainingBench:
         }
 
     def make_engine(self, trained: Trained, optimizer: torch.optim.Optimizer, guard: Guard) -> Engine:
-        """The loop's engine on this device alone."""
+        """The loop's engine on this device alone; DDP in a launch."""
         store = DeviceStore(trained.parameters(), optimizer, host=trained.host)
-        return make_replicated_engine(self.accelerator, trained.transformer, optimizer, guard, store)
+        model = self.accelerator.prepare_model(trained.transformer)
+        return make_replicated_engine(self.accelerator, model, optimizer, guard, store)
 
     def make_trainer(self, trained: Trained, folder: Path, *, engine: Engine, autocast: bool) -> Trainer:
         """The loop around what is trained, without metrics, validation and a run's folder."""

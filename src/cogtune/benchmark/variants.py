@@ -57,9 +57,14 @@ def parse_variant(name: str) -> Variant:
 
 
 def prepare_transformer(
-    transformer: CogVideoXTransformer3DModel, variant: Variant, settings: AdapterSettings, backend: Backend
+    transformer: CogVideoXTransformer3DModel,
+    variant: Variant,
+    settings: AdapterSettings,
+    backend: Backend,
+    *,
+    shared: bool = False,
 ) -> None:
-    """Adds an adapter that has left its start, and everything that the variant means."""
+    """Adds an adapter that has left its start, and everything that the variant means; `shared` as in `execution`."""
     device = transformer.device
     if variant.is_baseline:
         _add_stock_lora(transformer, settings)
@@ -79,7 +84,7 @@ def prepare_transformer(
         install_attention(transformer, backend)
     if "float8" in variant.flags:
         quantize_base(transformer)
-    configure_blocks(transformer, variant.activations, compiled=variant.compiled, has_dropout=False)
+    configure_blocks(transformer, variant.activations, compiled=variant.compiled, has_dropout=False, shared=shared)
 
 
 def _add_stock_lora(transformer: Any, settings: AdapterSettings) -> None:
