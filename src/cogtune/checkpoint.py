@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from cogtune.cache import digest_bytes
+from cogtune.cluster.whereabouts import move
 from cogtune.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -112,6 +113,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _sync_and_digest(path: Path) -> str:
+    move()
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return digest_bytes(path)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from cogtune import models
 from cogtune.cache import Cache, make_key
+from cogtune.cluster.whereabouts import WAITING, enter, move
 from cogtune.decoding import ClipDecoder, Decoded
 from cogtune.manifest import Clip, ClipFormat
 from cogtune.models import ModelFacts
@@ -111,6 +112,7 @@ def encode_captions(
 
     `encoder`: the text encoder, where it is on the device already; None loads it. Returns None where none are missing.
     """
+    enter("encoding captions")
     by_key = {keys.text(caption): caption for caption in captions}
     mine = _find_missing("text", by_key, cache, share, quiet=quiet)
     times: EncodingTimes | None = None
@@ -123,6 +125,7 @@ def encode_captions(
         tokens = ((batch, tokenize([by_key[key] for key in batch], tokenizer, length)) for batch in batches)
 
         def write(batch: list[str], results: tuple[torch.Tensor, ...]) -> None:
+            move()
             for key, row in zip(batch, results[0], strict=True):
                 cache.write("text", key, {"embeddings": row})
 
@@ -179,6 +182,7 @@ def encode_clips(
     `on_problem` is called for a clip that can't be decoded; what it doesn't raise leaves the clip out. It may be called
     from another thread, one call at a time.
     """
+    enter("encoding clips")
     by_key = {keys.latents(clip): clip for clip in clips}
     first_frames = {}  # keys of images by keys of latents
     if facts.takes_image:
@@ -207,6 +211,7 @@ def encode_clips(
                 return (*moments, frames[:, 0]) if facts.takes_image else moments
 
             def write(keys: list[str], results: tuple[torch.Tensor, ...]) -> None:
+                move()
                 for key, mean, logvar, *first_frame in zip(keys, *results, strict=True):
                     if key in first_frames:
                         cache.write("images", first_frames[key], {"image": first_frame[0]})
@@ -297,6 +302,7 @@ def _gather_batches(
 def _find_missing(kind: str, keys: Iterable[str], cache: Cache, share: Share, *, quiet: bool) -> list[str]:
     """This process's keys without a sound entry; every entry is read once and damaged ones are removed."""
     mine = share.of(keys)
+    move()
     present = [key for key in mine if cache.has(kind, key)]
     with ThreadPoolExecutor(max_workers=4) as pool:
         list(
@@ -350,6 +356,7 @@ def encode_frames(
 
 
 def _wait_for(keys: Iterable[str], there: Callable[[str], bool]) -> None:
+    enter(WAITING)
     remaining = [key for key in keys if not there(key)]
     while remaining:
         time.sleep(0.5)
