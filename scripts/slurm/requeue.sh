@@ -10,25 +10,13 @@
 SAVE_SECONDS=${SAVE_SECONDS:-90}
 
 run_and_requeue() {
-  local step code asked=""
-  trap 'asked=$SECONDS; scancel --signal=USR1 "$SLURM_JOB_ID" || true' USR1
+  local step code=0 asked=""
+  trap 'asked=${asked:-$SECONDS}; scancel --signal=USR1 "$SLURM_JOB_ID" || true' USR1
   "$@" &
   step=$!
-  while true; do
-    code=0
-    # In short turns: a trap interrupts `sleep` only once it ends, and `wait` is what returns at a signal.
-    wait "$step" || code=$?
-    kill -0 "$step" 2>/dev/null || break
-    while kill -0 "$step" 2>/dev/null && [ -n "$asked" ] && [ $((SECONDS - asked)) -lt "$SAVE_SECONDS" ]; do
-      sleep 1
-    done
-    [ -z "$asked" ] || ! kill -0 "$step" 2>/dev/null || break
-  done
-  trap - USR1
-  if [ -n "$asked" ]; then
-    echo "time is nearly over: the job goes back into the queue"
-    scontrol requeue "$SLURM_JOB_ID"
-    return 0
-  fi
-  return "$code"
+  wait "$step" || code=$? # also returns when USR1 came
+  [ -n "$asked" ] || return "$code"
+  while kill -0 "$step" 2>/dev/null && ((SECONDS - asked < SAVE_SECONDS)); do sleep 1; done
+  echo "time is nearly over: the job goes back into the queue"
+  scontrol requeue "$SLURM_JOB_ID"
 }

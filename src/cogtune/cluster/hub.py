@@ -183,7 +183,8 @@ class Hub:
             peer.line.send(message)
 
     def _close(self, message: Message) -> None:
-        for peer in self._peers:
+        # Rank 0 last: its end is this thread's too.
+        for peer in sorted(self._peers, key=lambda peer: peer.rank or 0, reverse=True):
             self._send(peer, message)
         self._listening.close()
 
