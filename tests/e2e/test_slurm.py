@@ -97,7 +97,7 @@ def test_a_job_whose_time_is_over_is_requeued_and_goes_on(
     process = start("many_nodes.sbatch", cluster, *options("job", train__max_steps=100000, **settings))
     deadline = time.monotonic() + 120
     while len(rows_of(tmp_path / "job")) < 3:
-        assert time.monotonic() < deadline and process.poll() is None
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate(timeout=30)
         time.sleep(0.05)
     process.send_signal(signal.SIGUSR1)  # to the batch script alone
     output, _ = process.communicate(timeout=90)
@@ -109,7 +109,7 @@ def test_a_job_whose_time_is_over_is_requeued_and_goes_on(
     assert len(saved) == 1 and saved[0] >= 3
     # The job that goes on: as one node this time, and to the end; it is not requeued.
     rest = options("job", train__max_steps=saved[0] + 2, train__batch_size=2, **settings)
-    again = start("one_node.sbatch", cluster | {"SLURM_NNODES": "1"}, *rest)
+    again = start("one_node.sbatch", cluster | {"SLURM_NNODES": "1", "LAUNCH": "python"}, *rest)
     output, _ = again.communicate(timeout=120)
     assert again.returncode == 0, output
     assert f"at step {saved[0]}" in output and requeued.read_text().count("requeue") == 1
