@@ -13,7 +13,7 @@ ADAM_BYTES = 12
 """A trained weight in float32 and two moments: what a checkpoint holds."""
 TRAINED_BYTES = 16
 """And its gradient: what is on the GPU."""
-_BUCKET_BYTES = 25 << 20  # of DDP: the last one has nothing left to hide behind
+_BUCKET_BYTES = 25 << 20  # the last gradients have nothing left to hide behind
 _LATENT_CHANNELS, _TEXT_TOKENS, _TEXT_WIDTH = 16, 226, 4096
 
 
@@ -160,7 +160,8 @@ def estimate_hsdp(work: Workload, num_gpus: int, links: Links) -> Estimate:
         moved = 2 * (nodes - 1) / nodes * 4 * work.num_trained / links.between
         between = moved + 2 * (nodes - 1) * links.latency_seconds
     shown = max(0.0, gathers + scatter - links.overlap * work.step_seconds)
-    shown += max(0.0, between - links.overlap * work.backward_share * work.step_seconds)
+    last = sum(reduce_seconds(min(4 * work.num_trained, _BUCKET_BYTES), num_gpus, links))
+    shown += max(last, between - links.overlap * work.backward_share * work.step_seconds)
     return _finish(work, num_gpus, work.step_seconds + shown, num_gpus, gathers + scatter + between, links)
 
 

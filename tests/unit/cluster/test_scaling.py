@@ -57,7 +57,7 @@ def test_efficiency_falls_with_gpus_and_slower_links(estimate: Any, work: Worklo
     rows = [estimate(work, count, LINKS) for count in (1, 8, 64, 512)]
     values = [row.efficiency for row in rows]
     assert values == sorted(values, reverse=True) and 0 < values[-1] <= values[0]
-    slow = replace(LINKS, between=LINKS.between / 100)
+    slow = replace(LINKS, between=LINKS.between / 1000)
     assert estimate(work, 64, slow).efficiency < estimate(work, 64, LINKS).efficiency
     assert all(row.samples_per_second == pytest.approx(row.num_gpus / row.step_seconds) for row in rows)
 
