@@ -104,6 +104,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{folder}: no complete {MANIFEST}; not a finished checkpoint") from None
     for name, digest in files:
+        move()
         path = folder / name
         if not path.is_file():
             raise UserError(f"{folder}: {name} is missing")

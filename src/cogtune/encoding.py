@@ -73,6 +73,7 @@ class CacheKeys:
 
     def latents(self, clip: Clip) -> str:
         """Key of a clip's VAE moments: the video's bytes, the segment, the preprocessing, the VAE."""
+        move()
         video, form = self._cache.digest_file(clip.video), clip.form or self._format
         shape = [form.num_frames, form.height, form.width, form.fps]
         return make_key(
@@ -304,10 +305,15 @@ def _find_missing(kind: str, keys: Iterable[str], cache: Cache, share: Share, *,
     mine = share.of(keys)
     move()
     present = [key for key in mine if cache.has(kind, key)]
+
+    def check(key: str) -> None:
+        move()
+        cache.read(kind, key)
+
     with ThreadPoolExecutor(max_workers=4) as pool:
         list(
             tqdm(
-                pool.map(lambda key: cache.read(kind, key) is None, present),
+                pool.map(check, present),
                 f"checking {kind}",
                 total=len(present),
                 unit="entry",

@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,7 @@ def _give_up(missing: list[str], place: Place) -> int:
             file=sys.stderr,
             flush=True,
         )
+        time.sleep(1)  # the store may be this process's, and others are still reading
     return NO_ANSWER
 
 
@@ -164,7 +166,7 @@ def _collect(
     if config is not None:
         facts["model"] = _find_model(config)
         if leads and "digest" in facts["model"]:
-            facts["cache"] = _count_missing(config)
+            facts["cache"] = _count_missing(config, options.timeout / 2)
     return facts
 
 
@@ -175,8 +177,8 @@ def _find_model(config: RunConfig) -> dict[str, Any]:
         return {"problem": str(error)}
 
 
-def _count_missing(config: RunConfig) -> dict[str, Any]:
-    """How many entries of the cache a run would have to make first."""
+def _count_missing(config: RunConfig, seconds: float) -> dict[str, Any]:
+    """How many entries of the cache a run would have to make first, of the clips that there is time to look at."""
     if config.data.manifest is None:
         return {}
     try:
@@ -185,9 +187,15 @@ def _count_missing(config: RunConfig) -> dict[str, Any]:
         keys = CacheKeys(cache, plan.facts, plan.clip_format, plan.dtype)
         clips = [clip for clip in [*plan.train_clips, *plan.validation_clips] if clip.video.is_file()]
         texts = {*(clip.caption for clip in clips), *plan.extra_texts()}
-        wanted = {("latents", keys.latents(clip)) for clip in clips} | {("text", keys.text(text)) for text in texts}
-        wanted |= {("images", key) for clip in clips if (key := keys.image(clip)) is not None}
-        return {"wanted": len(wanted), "missing": sum(not cache.has(kind, key) for kind, key in wanted)}
+        wanted, deadline = {("text", keys.text(text)) for text in texts}, time.monotonic() + seconds
+        for number, clip in enumerate(clips):  # files that were never digested are read whole
+            if time.monotonic() > deadline:
+                clips = clips[:number]
+                break
+            wanted |= {("latents", keys.latents(clip)), ("images", keys.image(clip))}
+        wanted = {(kind, key) for kind, key in wanted if key is not None}
+        missing = sum(not cache.has(kind, key) for kind, key in wanted)
+        return {"clips": len(clips), "wanted": len(wanted), "missing": missing}
     except (UserError, OSError) as error:
         return {"problem": str(error)}
 

@@ -176,7 +176,8 @@ def _caches(ranks: Sequence[Facts]) -> Iterable[Finding]:
         elif cache.get("missing"):
             yield Finding(
                 "note",
-                f"node {facts['node']}: {cache['missing']} of {cache['wanted']} cache entries are missing; "
+                f"node {facts['node']}: {cache['missing']} of {cache['wanted']} cache entries of {cache['clips']} "
+                "clip(s) are missing; "
                 "data/prepare.py makes them, or the run does as it starts",
             )
 

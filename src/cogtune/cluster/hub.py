@@ -107,7 +107,10 @@ class Hub:
         return len({failure.rank for failure in self._failures}) >= self._world_size
 
     def _accept(self) -> None:
-        connection, _ = self._listening.accept()
+        try:
+            connection, _ = self._listening.accept()
+        except OSError:
+            return  # gone before it was let in; a rank of ours tries again or says why not
         connection.settimeout(10)  # a rank that reads nothing can't hold the hub up for long
         peer = Peer(Line(connection))
         self._peers.append(peer)
@@ -122,7 +125,7 @@ class Hub:
 
     def _take(self, peer: Peer, message: Message) -> None:
         if peer.rank is None:
-            if not hmac.compare_digest(str(message.get("token")), self._token):
+            if not hmac.compare_digest(str(message.get("token")).encode(), self._token.encode()):
                 raise ConnectionError("not a rank of this job")
             peer.rank, peer.host = int(message["rank"]), str(message["host"])
         if (moves := message.get("moves", peer.moves)) != peer.moves:
@@ -170,6 +173,8 @@ class Hub:
             lines = [f"no rank got on for {idle:.0f} s (train.timeout_minutes={self._timeout / 60:g}):"]
             lines += [peer.describe() for peer in sorted(there, key=_suspicion)[:_LISTED]]
             lines += [f"and {len(there) - _LISTED} more"] if len(there) > _LISTED else []
+            if missing := sorted(set(range(self._world_size)) - {peer.rank for peer in self._peers}):
+                lines += [f"and rank(s) {', '.join(map(str, missing[:_LISTED]))} never came"]
             lines += [f"{AGAIN}; look at the first of these nodes, or raise the limit where such work takes so long"]
             self._note(Failure(slowest.rank or 0, slowest.who(), "\n       ".join(lines), EXIT_LOST))
 

@@ -42,7 +42,7 @@ class Line:
             raise ConnectionError("a line without an end")
         try:
             messages = [json.loads(line) for line in lines]
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ConnectionError("not a message of ours") from None
         if not all(isinstance(message, dict) for message in messages):
             raise ConnectionError("not a message of ours")

@@ -110,7 +110,10 @@ class RoundTable:
                 for rank in range(place.world_size)
             ]
             store.set(f"{question}/all", json.dumps([time.time(), told]))
-        store.wait([f"{question}/all"], timedelta(seconds=limit + self._seconds))
+        try:
+            store.wait([f"{question}/all"], timedelta(seconds=limit + self._seconds))
+        except (DistStoreError, RuntimeError) as error:
+            raise UserError(f"{socket.gethostname()}: rank 0 is gone or doesn't answer ({error})") from None
         self.clock_seconds = time.time() - json.loads(store.get(f"{question}/all"))[0]
         return json.loads(store.get(f"{question}/all"))[1]
 

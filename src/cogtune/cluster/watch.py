@@ -103,8 +103,10 @@ class Watch:
             self._line.send(message)
 
     def _run(self) -> None:
+        poll = select.poll()  # `select` fails above 1,024 open files
+        poll.register(self._line.socket, select.POLLIN)
         while True:
-            readable, _, _ = select.select([self._line.socket], [], [], self._beat)
+            readable = poll.poll(1000 * self._beat)
             if HERE.moves != self._moves:
                 self._send(self._state())
             if not readable:

@@ -85,10 +85,10 @@ def test_caches_of_nodes_and_missing_entries_are_notes() -> None:
     job = make_job()
     for facts in job:
         facts["folders"]["data.cache_dir"]["seen_by"] = [facts["rank"]]
-    job[2]["cache"] = {"wanted": 10, "missing": 4}
+    job[2]["cache"] = {"clips": 5, "wanted": 10, "missing": 4}
     found = find_problems(job)
     assert {finding.level for finding in found} == {"note"}
-    assert any("node bert: 4 of 10 cache entries are missing" in finding.text for finding in found)
+    assert any("node bert: 4 of 10 cache entries of 5 clip(s) are missing" in finding.text for finding in found)
 
 
 def test_of_two_nodes_none_is_blamed_for_their_link() -> None:

@@ -132,7 +132,13 @@ def test_standing_still_is_noticed_with_the_slowest_rank_first(capfd: pytest.Cap
 
 def test_strangers_are_not_heard() -> None:
     job = Job(2)
-    for garbage in (b'{"token": "wrong", "failed": "x", "code": 2}\n', b"GET / HTTP/1.1\n\n", b"[1]\n"):
+    for garbage in (
+        b'{"token": "wrong", "failed": "x", "code": 2}\n',
+        b"GET / HTTP/1.1\n\n",
+        b"[1]\n",
+        b"[" * 99999 + b"\n",
+        '{"token": "\u00e9"}\n'.encode(),
+    ):
         with socket.create_connection(("127.0.0.1", job.hub.port)) as stranger:
             stranger.sendall(garbage)
             assert stranger.recv(10) == b"", "the hub hangs up"
