@@ -90,9 +90,10 @@ def _encode_data(plan: DataPlan, accelerator: Accelerator) -> EncodedData:
     )
     _judge_problems(sorted(set(gather_object(problems))), plan, accelerator)
     entries = {clip: Entry(clip, keys.latents(clip), keys.text(clip.caption), keys.image(clip)) for clip in clips}
-    unusable = [entry.latents_key for entry in entries.values() if not _is_cached(cache, entry)]
+    names = {clip: f"{clip.id} {entry.latents_key} {entry.image_key}" for clip, entry in entries.items()}
+    unusable = [names[clip] for clip, entry in entries.items() if not _is_cached(cache, entry)]
     left_out = set(gather_object(unusable))  # the same on all ranks, or they would train on different samples
-    usable = {clip for clip in clips if entries[clip].latents_key not in left_out}
+    usable = {clip for clip in clips if names[clip] not in left_out}
     captions = [clip.caption for clip in clips if clip in usable] + plan.extra_texts()
     encode_captions(
         captions, keys, cache, plan.facts, device=accelerator.device, dtype=plan.dtype, share=share, quiet=quiet

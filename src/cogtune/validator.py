@@ -65,13 +65,11 @@ class Validator:
         wanted = {"clips": make_key(clips=[_identify(entry) for entry in self._data.validation])}
         if self._jobs and (step > 0 or self._plan.config.validation.base_videos):
             wanted["videos"] = make_key(videos=[job.describe() for job in self._jobs])
-        found = [self._done.find(step) if self._accelerator.is_main_process else {}]
-        broadcast_object_list(found)
-        if "videos" in found[0] and not all((folder / job.file_name()).is_file() for job in self._jobs):
-            del found[0]["videos"]
+        missing = [self._find_missing(step, wanted, folder) if self._accelerator.is_main_process else []]
+        broadcast_object_list(missing)  # one rank decides: others may see files later
         with self._averaged_weights(), self._interruptible():
             for part, work in (("clips", self._evaluate), ("videos", self._generate)):
-                if part in wanted and found[0].get(part) != wanted[part]:
+                if part in missing[0]:
                     if not self._do_part(work, step):
                         return False
                     if self._accelerator.is_main_process:
@@ -86,6 +84,13 @@ class Validator:
         if self._accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._accelerator.device)  # training's rows show training's
         return True
+
+    def _find_missing(self, step: int, wanted: dict[str, str], folder: Path) -> list[str]:
+        """The parts that this run has not done yet with these clips and requests."""
+        done = self._done.find(step)
+        if not all((folder / job.file_name()).is_file() for job in self._jobs):
+            done.pop("videos", None)
+        return [part for part, digest in wanted.items() if done.get(part) != digest]
 
     def _do_part(self, work: Callable[[int], Callable[[bool], None]], step: int) -> bool:
         """One part on all ranks, each with as much of it as it has; False where a signal came."""
