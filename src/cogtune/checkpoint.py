@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from safetensors import SafetensorError
 
 from cogtune.cache import digest_bytes
+from cogtune.cluster.whereabouts import move
 from cogtune.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -163,12 +164,14 @@ def _check_files(folder: Path, first: int, every: int) -> Checkpoint:
         if not (folder / name).is_file():
             raise UserError(f"{folder}: {name} is missing")
     for name, digest in files[first::every]:
+        move()
         if digest_bytes(folder / name) != digest:
             raise UserError(f"{folder}: {name} is damaged (its digest differs from the manifest's)")
     return Checkpoint(folder, step, state)
 
 
 def _sync_and_digest(path: Path) -> str:
+    move()
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return digest_bytes(path)

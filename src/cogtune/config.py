@@ -156,6 +156,9 @@ class TrainSettings(Section):
     """Multiply by the blocks' frozen weights in float8, one scale a row, forward and for input gradients: faster, not
     exact. The adapter's own products stay exact. LoRA only; needs a GPU of compute capability 8.9 (Ada, Hopper)."""
 
+    timeout_minutes: Annotated[float, Field(gt=0)] | None = 30.0
+    """With several processes: where none of them gets on for this long (a step, a clip, a sampling step, a file), the
+    job ends with a message that says where each was; null: never. A lost process ends it within seconds anyway."""
     cuda_graph: bool = False
     """Replay each pass as one CUDA graph: faster for models of a few million parameters, no gain for large ones.
     Needs one GPU, no gradient accumulation and no dropout."""

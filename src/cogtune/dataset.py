@@ -240,7 +240,7 @@ def _leave_signals_to_the_parent(_worker: int) -> None:
 
     Workers end with the parent in any case: torch watches it.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from cogtune import models
 from cogtune.cache import Cache, make_key
+from cogtune.cluster.whereabouts import WAITING, enter, move
 from cogtune.decoding import ClipDecoder, Decoded
 from cogtune.manifest import Clip, ClipFormat
 from cogtune.models import ModelFacts
@@ -72,6 +73,7 @@ class CacheKeys:
 
     def latents(self, clip: Clip) -> str:
         """Key of a clip's VAE moments: the video's bytes, the segment, the preprocessing, the VAE."""
+        move()
         video, form = self._cache.digest_file(clip.video), clip.form or self._format
         shape = [form.num_frames, form.height, form.width, form.fps]
         return make_key(
@@ -111,6 +113,7 @@ def encode_captions(
 
     `encoder`: the text encoder, where it is on the device already; None loads it. Returns None where none are missing.
     """
+    enter("encoding captions")
     by_key = {keys.text(caption): caption for caption in captions}
     mine = _find_missing("text", by_key, cache, share, quiet=quiet)
     times: EncodingTimes | None = None
@@ -123,6 +126,7 @@ def encode_captions(
         tokens = ((batch, tokenize([by_key[key] for key in batch], tokenizer, length)) for batch in batches)
 
         def write(batch: list[str], results: tuple[torch.Tensor, ...]) -> None:
+            move()
             for key, row in zip(batch, results[0], strict=True):
                 cache.write("text", key, {"embeddings": row})
 
@@ -179,6 +183,7 @@ def encode_clips(
     `on_problem` is called for a clip that can't be decoded; what it doesn't raise leaves the clip out. It may be called
     from another thread, one call at a time.
     """
+    enter("encoding clips")
     by_key = {keys.latents(clip): clip for clip in clips}
     first_frames = {}  # keys of images by keys of latents
     if facts.takes_image:
@@ -207,6 +212,7 @@ def encode_clips(
                 return (*moments, frames[:, 0]) if facts.takes_image else moments
 
             def write(keys: list[str], results: tuple[torch.Tensor, ...]) -> None:
+                move()
                 for key, mean, logvar, *first_frame in zip(keys, *results, strict=True):
                     if key in first_frames:
                         cache.write("images", first_frames[key], {"image": first_frame[0]})
@@ -297,11 +303,17 @@ def _gather_batches(
 def _find_missing(kind: str, keys: Iterable[str], cache: Cache, share: Share, *, quiet: bool) -> list[str]:
     """This process's keys without a sound entry; every entry is read once and damaged ones are removed."""
     mine = share.of(keys)
+    move()
     present = [key for key in mine if cache.has(kind, key)]
+
+    def check(key: str) -> None:
+        move()
+        cache.read(kind, key)
+
     with ThreadPoolExecutor(max_workers=4) as pool:
         list(
             tqdm(
-                pool.map(lambda key: cache.read(kind, key) is None, present),
+                pool.map(check, present),
                 f"checking {kind}",
                 total=len(present),
                 unit="entry",
@@ -350,6 +362,7 @@ def encode_frames(
 
 
 def _wait_for(keys: Iterable[str], there: Callable[[str], bool]) -> None:
+    enter(WAITING)
     remaining = [key for key in keys if not there(key)]
     while remaining:
         time.sleep(0.5)

@@ -7,7 +7,10 @@ the exit code is 1.
 
 import difflib
 import sys
+import traceback
 from collections.abc import Callable
+
+_listeners: list[Callable[[str, int], object]] = []
 
 
 class UserError(ValueError):
@@ -20,13 +23,33 @@ def nearest(name: str, known: list[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def on_failure(listener: Callable[[str, int], object] | None) -> None:
+    """Lets `listener(message, exit code)` hear of this command's failure, before it says so; None: nobody.
+
+    With several processes, the others have to end as well. The listener may end the process.
+    """
+    _listeners[:] = [] if listener is None else [listener]
+
+
+def _tell(message: str, code: int) -> None:
+    for listener in _listeners:
+        listener(message, code)
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Runs a command's `main`; a `UserError` becomes one message and exit code 2."""
     try:
         main()
     except UserError as error:
+        _tell(str(error), 2)
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
+        _tell("interrupted", 130)
         print("interrupted; nothing half-written is left, start the same command again to go on", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if _listeners:
+            traceback.print_exc()
+            _tell(f"{type(error).__name__}: {error}", 1)
+        raise

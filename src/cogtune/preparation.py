@@ -7,6 +7,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from cogtune.cache import Cache, make_key
+from cogtune.cluster.sharing import find_companions
+from cogtune.cluster.whereabouts import enter, move
 from cogtune.data_plan import DataPlan
 from cogtune.dataset import Entry
 from cogtune.encoding import CacheKeys, Share, encode_captions, encode_clips, find_cut_captions
@@ -54,13 +56,17 @@ def encode_data(plan: DataPlan, accelerator: Accelerator) -> EncodedData:
 def _encode_data(plan: DataPlan, accelerator: Accelerator) -> EncodedData:
     cache = plan.make_cache()
     quiet = not accelerator.is_main_process
-    share = Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
+    # Ranks that see one cache share the work; where nodes have caches of their own, each fills its own.
+    companions = find_companions(cache.folder)
+    share = Share(companions.index(accelerator.process_index), len(companions), accelerator.wait_for_everyone)
     clips = [*plan.train_clips, *plan.validation_clips]
     # Only where data.bad_clips is skip.
     absent = {clip: file for clip in clips for file in (clip.video, clip.image) if file and not file.is_file()}
     clips = [clip for clip in clips if clip not in absent]
+    _digest_files(clips, cache, share)
     keys = CacheKeys(cache, plan.facts, plan.clip_format, plan.dtype)
-    before = cache.size_bytes()
+    # Walking through a large cache is slow on a network file system: one rank does it.
+    before = 0 if quiet else cache.size_bytes()
     problems = [f"{clip.id}: {file} does not exist" for clip, file in absent.items()]
     problems = problems if accelerator.is_main_process else []
 
@@ -82,9 +88,12 @@ def _encode_data(plan: DataPlan, accelerator: Accelerator) -> EncodedData:
         on_problem=note_problem,
         quiet=quiet,
     )
-    _judge_problems(gather_object(problems), plan, accelerator)
+    _judge_problems(sorted(set(gather_object(problems))), plan, accelerator)
     entries = {clip: Entry(clip, keys.latents(clip), keys.text(clip.caption), keys.image(clip)) for clip in clips}
-    usable = {clip for clip, entry in entries.items() if _is_cached(cache, entry)}
+    names = {clip: f"{clip.id} {entry.latents_key} {entry.image_key}" for clip, entry in entries.items()}
+    unusable = [names[clip] for clip, entry in entries.items() if not _is_cached(cache, entry)]
+    left_out = set(gather_object(unusable))  # the same on all ranks, or they would train on different samples
+    usable = {clip for clip in clips if names[clip] not in left_out}
     captions = [clip.caption for clip in clips if clip in usable] + plan.extra_texts()
     encode_captions(
         captions, keys, cache, plan.facts, device=accelerator.device, dtype=plan.dtype, share=share, quiet=quiet
@@ -99,11 +108,24 @@ def _encode_data(plan: DataPlan, accelerator: Accelerator) -> EncodedData:
     train = [entries[clip] for clip in plan.train_clips if clip in usable]
     if not train:
         raise UserError(f"data.manifest={data.manifest}: no usable clip; run data/check.py on it")
-    accelerator.print(
-        f"cache: {len(usable)} clips, {len(set(captions))} texts; {before / GIB:.2f} GiB before, "
-        f"{cache.size_bytes() / GIB:.2f} GiB now in {cache.folder}"
-    )
+    if not quiet:
+        where = "" if len(companions) == accelerator.num_processes else " (one of several: nodes have their own)"
+        print(
+            f"cache: {len(usable)} clips, {len(set(captions))} texts; {before / GIB:.2f} GiB before, "
+            f"{cache.size_bytes() / GIB:.2f} GiB now in {cache.folder}{where}"
+        )
     return EncodedData(cache, keys, train, [entries[clip] for clip in plan.validation_clips if clip in usable])
+
+
+def _digest_files(clips: list[Clip], cache: Cache, share: Share) -> None:
+    """Every file's digest into the cache, each rank a part: all of them reading all videos is too much for a disk."""
+    if share.world_size > 1:
+        files = {str(file): file for clip in clips for file in (clip.video, clip.image) if file is not None}
+        enter("reading the clips' files")
+        for name in share.of(files):
+            cache.digest_file(files[name])
+            move()
+    share.wait()
 
 
 def _is_cached(cache: Cache, entry: Entry) -> bool:

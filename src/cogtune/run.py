@@ -1,8 +1,6 @@
 """A training run from its plan: folder, encoded data, transformer, loop, final weights. Used by `train/*.py`."""
 
 import contextlib
-import ctypes
-import os
 import shutil
 import signal
 import sys
@@ -18,6 +16,10 @@ from torch.utils.data import DataLoader
 from cogtune.attention import install_attention
 from cogtune.attention_backends import Backend, BackendTiming, activate, choose_backend, measure_backends
 from cogtune.checkpoint import Checkpoint, CheckpointFolder, find_differences, read_checkpoint
+from cogtune.cluster.accelerator import WatchedAccelerator
+from cogtune.cluster.sharing import check_shared_folder
+from cogtune.cluster.stopping import StopRequest, follow_the_launcher
+from cogtune.cluster.whereabouts import enter
 from cogtune.config import RunConfig
 from cogtune.data_plan import DataPlan
 from cogtune.dataset import Batch, PositionSampler, TrainingSet, make_loader
@@ -42,9 +44,8 @@ from cogtune.shards.saver import ShardedSaver, ShardedState
 from cogtune.shards.writer import CheckpointWriter
 from cogtune.tracking import MetricsLog
 from cogtune.trainer import Trained, Trainer
+from cogtune.validation_notes import ValidationNotes
 from cogtune.validator import Validator
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 # Settings that may differ between a run and its continuation: they change no training result.
 _FREE_SETTINGS = frozenset(
@@ -60,6 +61,7 @@ _FREE_SETTINGS = frozenset(
         "train.context_attention",
         "train.context_parallel",
         "train.batch_size",
+        "train.timeout_minutes",
         "train.gradient_accumulation_steps",  # their product with the processes is compared instead
         "data.manifest",
         "data.validation_manifest",
@@ -71,16 +73,6 @@ _FREE_SETTINGS = frozenset(
         "data.allow_outside_root",
     }
 )
-
-
-def _follow_the_launcher() -> None:
-    """Under `accelerate launch` with one process, lets the launcher's end reach this process as a SIGTERM.
-
-    That launcher ends on SIGTERM without telling its child, which would train on unseen (Linux only).
-    """
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
-    if launched and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def check_output_folder(config: RunConfig) -> None:
@@ -118,10 +110,11 @@ def _refuse_differences(folder: Path, differences: list[str]) -> None:
 
 def start_accelerator(plan: DataPlan) -> Accelerator:
     """The process group and device. Precision is ours: no autocast, so training computes what inference computes."""
-    _follow_the_launcher()
+    follow_the_launcher()
     avoid_fragments(plan.device)
     with settings_of_our_own():
-        return Accelerator(
+        return WatchedAccelerator(
+            timeout_minutes=plan.config.train.timeout_minutes,
             mixed_precision="no",
             cpu=plan.device.type == "cpu",
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
@@ -161,6 +154,7 @@ class Run:
         if checkpoint is not None:
             self._check_same_run(checkpoint)
         self.accelerator.wait_for_everyone()
+        check_shared_folder(self.folder, None if checkpoint is None else checkpoint.step)
         if self.accelerator.is_main_process:
             try:
                 self.checkpoints.remove_partial()
@@ -194,6 +188,7 @@ class Run:
 
     def _train(self, trained: Trained) -> bool:
         plan, config, accelerator = self.plan, self.config, self.accelerator
+        enter("preparing to train")
         checkpoint = self.open_folder()
         torch.backends.cuda.matmul.allow_tf32 = config.memory.allow_tf32
         set_seed(config.train.seed)
@@ -244,10 +239,13 @@ class Run:
             if config.train.ema_decay is not None:
                 decay, on_host = config.train.ema_decay, config.train.ema_on_host
                 self._ema = Ema(trained.parameters(), decay, on_host=on_host)
+            stop = StopRequest()
             validate = Validator(
                 plan,
                 accelerator,
                 self.data,
+                stop=stop,
+                done=ValidationNotes(self.folder, after=checkpoint.step if checkpoint else None),
                 transformer=transformer,
                 denoiser=denoiser,
                 log=log,
@@ -265,13 +263,12 @@ class Run:
                 validate=validate,
                 identity=self.identity,
                 ema=self._ema,
+                stop=stop,
             )
             if checkpoint is not None:
                 trainer.resume(checkpoint)
                 accelerator.print(f"resumed from {checkpoint.folder} at step {checkpoint.step}")
             finished = trainer.fit()
-            if finished:
-                validate(trainer.step)
             own = self.checkpoints.place(trainer.step)
             self._newest = own if checkpoint is None or own.is_dir() else checkpoint.folder
         return finished
@@ -325,6 +322,7 @@ class Run:
     def finish(self, trained: Trained) -> None:
         """Writes `final/` and the report on the main process."""
         assert self._store is not None and self._newest is not None, "a run is trained before it is finished"
+        enter("writing the final weights")
         weights = read_final_weights(trained, self._store, self._ema, self._newest)
         if self.accelerator.is_main_process:
             final, partial = self.folder / "final", self.folder / ".partial-final"

@@ -5,7 +5,6 @@ most one step ahead, so that all ranks agree on when to save and stop.
 """
 
 import contextlib
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,6 +17,8 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
 from cogtune.checkpoint import Checkpoint
+from cogtune.cluster.stopping import StopRequest
+from cogtune.cluster.whereabouts import enter, inside
 from cogtune.config import RunConfig
 from cogtune.dataset import Batch
 from cogtune.denoiser import Denoiser
@@ -75,10 +76,12 @@ class Trainer:
         make_loader: Callable[[int], DataLoader[Batch]],
         saver: Saver,
         log: MetricsLog,
-        validate: Callable[[int], None],
+        validate: Callable[[int], bool],
         identity: dict[str, Any],
         ema: Ema | None = None,
+        stop: StopRequest | None = None,
     ) -> None:
+        """`validate` says whether it came to its end, or a signal cut it short."""
         self._accelerator, self._config, self._engine, self._denoiser = accelerator, config, engine, denoiser
         self._model, self._optimizer, self._guard = engine.model, engine.optimizer, engine.guard
         self._make_loader, self._saver, self._log, self._validate = make_loader, saver, log, validate
@@ -92,7 +95,7 @@ class Trainer:
         self.step = 0
         self._saved_step = -1
         self._last_save = time.monotonic()
-        self._stop_requested = False
+        self._stop = stop or StopRequest()
         self._gradients_checked = False
         self._pending_flags: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
 
@@ -103,41 +106,46 @@ class Trainer:
         self.step = self._saved_step = checkpoint.step
 
     def fit(self) -> bool:
-        """Trains to `train.max_steps`; False where a signal ended the run early (a checkpoint is then saved)."""
+        """Trains and validates to the end; False where a signal ended the run early (a checkpoint is then saved)."""
+        max_steps, every = self._config.train.max_steps, self._config.validation.every_steps
+        due = self.step == 0 or (every is not None and self.step % every == 0)
+        with self._stop, self._complete_saves():
+            # A run that was stopped while it validated does what is missing of it.
+            if due and self.step < max_steps and not self._validate(self.step):
+                self.save_checkpoint()
+                return False
+            active = self._accelerator.is_main_process
+            with Progress(first_step=self.step, max_steps=max_steps, active=active) as progress:
+                return self._run_steps(progress) and self._validate(self.step)
+
+    def _run_steps(self, progress: Progress) -> bool:
+        """All steps; False where a signal ended them early."""
         train, every = self._config.train, self._config.validation.every_steps
-        if self.step == 0:
-            self._validate(0)
-        with (
-            self._catch_signals(),
-            self._complete_saves(),
-            Progress(
-                first_step=self.step, max_steps=train.max_steps, active=self._accelerator.is_main_process
-            ) as progress,
-        ):
-            batches = iter(self._make_loader(self.step))
-            recent = Recent()
-            self._model.train()
-            while self.step < train.max_steps:
-                grad_norm = self.run_step(batches, recent)
-                self.step += 1
-                progress.advance()
-                is_last = self.step == train.max_steps
-                if self.step % self._config.tracking.log_every_steps == 0 or is_last or self.step == 1:
-                    progress.show(self._write_row(recent, grad_norm))
-                    self._saver.prepare()
-                    recent = Recent()
-                stop, save = self._agree(is_last)
-                validate = every is not None and self.step % every == 0 and not is_last and not stop
-                if save or stop or is_last or validate:
-                    self._check_finite(recent)  # waits for the device, so that the pause below is only the pause
-                    paused = time.perf_counter()
-                    if save or stop or is_last:
-                        self.save_checkpoint()
-                    if validate:
-                        self._validate(self.step)
-                    recent.started += time.perf_counter() - paused
-                if stop and not is_last:
+        batches = iter(self._make_loader(self.step))
+        recent = Recent()
+        self._model.train()
+        while self.step < train.max_steps:
+            grad_norm = self.run_step(batches, recent)
+            self.step += 1
+            progress.advance()
+            is_last = self.step == train.max_steps
+            if self.step % self._config.tracking.log_every_steps == 0 or is_last or self.step == 1:
+                progress.show(self._write_row(recent, grad_norm))
+                self._saver.prepare()
+                recent = Recent()
+            stop, save = self._agree(is_last)
+            validate = every is not None and self.step % every == 0 and not is_last and not stop
+            if save or stop or is_last or validate:
+                self._check_finite(recent)  # waits for the device, so that the pause below is only the pause
+                paused = time.perf_counter()
+                if save or stop or is_last:
+                    self.save_checkpoint()
+                if validate and not self._validate(self.step):
+                    self.save_checkpoint()
                     return False
+                recent.started += time.perf_counter() - paused
+            if stop and not is_last:
+                return False
         return True
 
     def run_step(self, batches: Iterator[Batch], recent: Recent) -> torch.Tensor:
@@ -148,11 +156,13 @@ class Trainer:
             group["lr"] = rate
         for micro in range(train.gradient_accumulation_steps):
             asked = time.perf_counter()
+            enter("waiting for data", self.step + 1)
             try:
                 host_batch = next(batches)
             except UserError as error:  # from a worker it comes with the worker's traceback around the message
                 raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
             recent.data_seconds += time.perf_counter() - asked
+            enter("forward and backward pass")
             batch = host_batch.to(accelerator.device)
             if self._config.adapter.dropout:
                 torch.manual_seed(derive_seed("dropout", train.seed, host_batch.positions[0]))
@@ -161,6 +171,7 @@ class Trainer:
                 losses = self._pass(batch)
             host_batch.release()
             recent.samples.append((self.step, losses, host_batch))
+        enter("optimizer step")
         grad_norm = self._guard.apply(self._optimizer, list(self._parameters.values()))
         if self._ema is not None:
             self._ema.wait()
@@ -256,7 +267,8 @@ class Trainer:
         if self._saved_step == self.step:
             return
         state = {"guard": self._guard.state(), "samples_seen": self.step * self._global_batch, **self._identity}
-        self._saver.save(self.step, state)
+        with inside("saving a checkpoint"):
+            self._saver.save(self.step, state)
         self._saved_step, self._last_save = self.step, time.monotonic()
 
     def _agree(self, is_last: bool) -> tuple[bool, bool]:
@@ -267,10 +279,10 @@ class Trainer:
         timed = settings.every_minutes is not None and minutes >= settings.every_minutes
         failed = self._saver.has_failed()
         if self._accelerator.num_processes == 1:
-            stop, save = self._stop_requested, timed
+            stop, save = self._stop.requested, timed
         else:
             timed = timed and self._accelerator.is_main_process
-            stop, save, failed = self._exchange(self._stop_requested, timed, failed)
+            stop, save, failed = self._exchange(self._stop.requested, timed, failed)
             stop = stop and not is_last
         if failed:
             self._saver.wait()  # raises, on all ranks
@@ -305,22 +317,6 @@ class Trainer:
                 self._saver.wait()
             raise
         self._saver.wait()
-
-    @contextlib.contextmanager
-    def _catch_signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT ask the loop to save and end; a second one ends at once."""
-
-        def request_stop(number: int, _frame: Any) -> None:
-            if self._stop_requested:
-                signal.default_int_handler(number, None)
-            self._stop_requested = True
-
-        before = {number: signal.signal(number, request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def _peak_memory_gib(device: torch.device) -> float | None:

@@ -1,0 +1,44 @@
+"""Signals that ask a run to save and end: SIGTERM, SIGINT, and SIGUSR1, which schedulers send ahead of a time limit."""
+
+import ctypes
+import os
+import signal
+import sys
+from types import FrameType, TracebackType
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Inside this context the first signal sets `requested`. A second SIGTERM or SIGINT ends the process at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number != signal.SIGUSR1:  # schedulers repeat that one
+            signal.default_int_handler(number, frame)
+        self.requested = True
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def follow_the_launcher() -> None:
+    """Under `accelerate launch` with one process, lets the launcher's end reach this process as a SIGTERM.
+
+    That launcher ends on SIGTERM without telling its child, which would train on unseen (Linux only).
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+    if launched and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
