@@ -34,7 +34,7 @@ from cogtune.random_pipeline import ARCHITECTURES
 WAYS = {"train": ("ulysses", "ring"), "generate": ("halves", "ulysses", "ring")}
 _BY_DEFAULT = {"train": WAYS["train"], "generate": ("halves", "ulysses")}
 ALONE = "alone"
-_END_SECONDS = 10
+_END_SECONDS = 40  # the launcher takes 30 to end processes that do not listen
 _LEAST_SECONDS = 5
 _WORKER = ["-m", "cogtune.benchmark.shared_work"]
 
