@@ -1,6 +1,6 @@
 """The same training config under every strategy: equal losses, checkpoints that another goes on from, usable results.
 
-Measured on a CPU in float32, 20 steps, 4 samples a step: losses agree to 3e-6 of their size, gradient norms to 3e-5.
+Measured on a CPU in float32, 20 steps of 4 samples: losses agree to 2.3e-7 of their size, gradient norms to 1.6e-7.
 """
 
 import json
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parents[2]
 LORA, SFT = "train/lora.py", "train/sft.py"
 STEPS, HALF = 20, 10
-LOSS_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-4
+LOSS_TOLERANCE, NORM_TOLERANCE = 2e-6, 2e-6
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 HSDP = FSDP2 | {
@@ -39,10 +39,8 @@ def zero(stage: int, *, offload: str = "none") -> dict[str, str]:
 
 
 STRATEGIES = {"ddp": {}, "fsdp2": FSDP2, "hsdp": HSDP, "zero1": zero(1), "zero2": zero(2), "zero3": zero(3)}
-ON_FOUR = [
-    ("fsdp2", LORA), ("hsdp", LORA), ("zero3", LORA), ("fsdp2", SFT), ("hsdp", SFT), ("zero2", SFT), ("zero3", SFT),
-]  # fmt: skip
-ON_TWO = [("zero1", LORA), ("zero2", LORA), ("zero1", SFT), ("ddp", SFT)]
+ON_FOUR = [("fsdp2", LORA), ("zero3", LORA), ("hsdp", SFT), ("zero3", SFT)]
+ON_TWO = [("zero1", LORA), ("zero1", SFT), ("zero2", SFT)]
 GOES_ON = [  # saved on four processes, continued on two
     ("zero3", "ddp", LORA), ("fsdp2", "zero2", LORA), ("zero3", "fsdp2", SFT), ("hsdp", "zero3", SFT),
 ]  # fmt: skip
@@ -98,7 +96,7 @@ def runs(arguments: Any, execute: Callable[..., int]) -> Path:
     cases = []
     for strategy, script in ON_FOUR:
         # One clip and one video for four processes: with divided weights the other three go along.
-        more = videos if (strategy, script) in (("hsdp", LORA), ("zero3", SFT)) else {}
+        more = videos if (strategy, script) in (("fsdp2", LORA), ("zero3", SFT)) else {}
         command = arguments(f"{strategy}-{kind(script)}", **more)
         cases.append({"script": script, "environment": STRATEGIES[strategy], "arguments": command})
     launch(4, cases, out)
@@ -168,7 +166,7 @@ def test_pipelines_come_out_whole(runs: Path, strategy: str) -> None:
         torch.testing.assert_close(state[key], tensor, rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize("name", ["hsdp-lora", "zero3-sft"])
+@pytest.mark.parametrize("name", ["fsdp2-lora", "zero3-sft"])
 def test_validation_of_less_work_than_processes_ends(runs: Path, name: str) -> None:
     first, last = read_rows(runs / name, "eval_loss")
     assert (first["step"], last["step"]) == (0, STEPS) and last["eval_loss"] != first["eval_loss"]

@@ -4,8 +4,8 @@
     python scripts/bench.py scale --gpus 4 --parts sft-one,sft-fsdp2,sft-zero2 --json scale4.json
 
 Each part runs in processes of its own, by torchrun where there are several, and is ended at its time limit. `sft-one`
-is full fine-tuning with 8-bit state, which is how 5B fits one GPU. The program chooses which activations are kept, as
-a run does; a part that runs out of memory is tried once more with the least. Samples a second are of all GPUs together.
+is full fine-tuning with 8-bit state, which is how 5B fits one GPU. The program chooses what activations are kept, as a
+run does; a part that runs out of memory is tried once more with the least. Samples a second are of all GPUs together.
 """
 
 import argparse

@@ -186,7 +186,8 @@ class DeepSpeedStore:
 
         if not all(self._zero.optimizer.state.get(flat) for flat in self._flats()):
             return {}
-        return {name: safe_get_full_optimizer_state(p, "exp_avg").abs().max() for name, p in self._parameters.items()}
+        read: Any = safe_get_full_optimizer_state
+        return {name: read(p, "exp_avg").abs().max() for name, p in self._parameters.items()}
 
     @torch.no_grad()
     def write_weights(self, weights: Tensors) -> None:

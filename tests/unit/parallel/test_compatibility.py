@@ -1,0 +1,44 @@
+"""What can't go with a strategy is refused all at once, with what to do."""
+
+import pytest
+import torch
+
+from cogtune.config import RunConfig
+from cogtune.errors import UserError
+from cogtune.parallel.compatibility import check_strategy
+from cogtune.parallel.strategy import Strategy
+
+FSDP2, ZERO2, DDP = Strategy("fsdp2", 4, 4), Strategy("zero2", 4, 4), Strategy("ddp", 4)
+
+
+@pytest.mark.parametrize("strategy", [FSDP2, ZERO2])
+def test_every_setting_is_named(strategy: Strategy) -> None:
+    config = RunConfig.model_validate(
+        {
+            "train": {"float8_base": True, "cuda_graph": True},
+            "memory": {"resident_blocks": 3, "offloaded_blocks": 5},
+        }
+    )
+    with pytest.raises(UserError) as caught:
+        check_strategy(config, strategy, torch.bfloat16, full=False)
+    message = str(caught.value)
+    for name in ("float8_base", "cuda_graph", "resident_blocks=3", "offloaded_blocks=5", "ddp.yaml"):
+        assert name in message
+    check_strategy(config, DDP, torch.bfloat16, full=False)
+
+
+def test_an_optimizer_elsewhere_is_refused_in_full_fine_tuning() -> None:
+    for optimizer in ("host", "8bit"):
+        config = RunConfig.model_validate({"memory": {"optimizer": optimizer}})
+        with pytest.raises(UserError, match=f"memory.optimizer={optimizer}"):
+            check_strategy(config, FSDP2, torch.bfloat16, full=True)
+
+
+def test_what_deepspeed_rounds_or_divides_otherwise() -> None:
+    averaged = RunConfig.model_validate({"train": {"ema_decay": 0.9}})
+    decomposed = RunConfig.model_validate({"adapter": {"use_dora": True}})
+    for config, name in ((averaged, "train.ema_decay"), (decomposed, "adapter.use_dora")):
+        with pytest.raises(UserError, match=name):
+            check_strategy(config, ZERO2, torch.bfloat16, full=False)
+        check_strategy(config, FSDP2, torch.bfloat16, full=False)
+    check_strategy(decomposed, ZERO2, torch.float32, full=False)
