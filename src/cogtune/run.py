@@ -60,6 +60,7 @@ _FREE_SETTINGS = frozenset(
         "train.attention",
         "train.context_attention",
         "train.context_parallel",
+        "train.ema_on_host",
         "train.batch_size",
         "train.timeout_minutes",
         "train.gradient_accumulation_steps",  # their product with the processes is compared instead

@@ -23,7 +23,7 @@ from cogtune.shards.ranks import Ranks
 from cogtune.shards.snapshot import Snapshot, chunks_without_copy
 
 MAX_WRITERS = 4
-"""Threads that write and digest a process's files: SHA-256 takes about a core for each 1.5 GB/s."""
+"""Threads that write and digest a process's files: SHA-256 alone keeps a core busy."""
 
 
 class CheckpointWriter:

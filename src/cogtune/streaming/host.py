@@ -16,8 +16,11 @@ from cogtune.errors import UserError
 class HostBuffer:
     """`num_bytes` of host memory as a uint8 tensor, page-locked where a GPU is to copy from it."""
 
-    def __init__(self, num_bytes: int, *, page_locked: bool) -> None:
+    def __init__(self, num_bytes: int, *, page_locked: bool, touched: bool = False) -> None:
+        """`touched`: take the pages before they are locked, which is slow and then doesn't hold the driver up."""
         self.bytes: Tensor = torch.empty(num_bytes, dtype=torch.uint8)
+        if touched:
+            self.bytes.zero_()
         if page_locked and num_bytes:
             runtime: Any = torch.cuda.cudart()
             address = self.bytes.data_ptr()
