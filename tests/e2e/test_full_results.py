@@ -28,25 +28,25 @@ def test_float16_skips_overflows_and_resumes_with_its_scale(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Float32 weights computed with in float16 by autocast, as for 2B; the first scale is far too large."""
-    monkeypatch.setattr(optimization, "FIRST_LOSS_SCALE", 2.0**27)
+    monkeypatch.setattr(optimization, "FIRST_LOSS_SCALE", 2.0**23)
     # A CPU refuses float16, since it is slow there; it runs all the same.
     monkeypatch.setattr(models, "choose_dtype", lambda *_: torch.float16)
-    settings: dict[str, object] = {"model__path": tiny_2b_folder, "model__dtype": "float16", "train__max_steps": 16}
+    settings: dict[str, object] = {"model__path": tiny_2b_folder, "model__dtype": "float16", "train__max_steps": 8}
     settings |= {"checkpoint__every_steps": 4, "checkpoint__keep_last": 9, "optimizer__learning_rate": 1e-3}
     outcome = run_command(SFT, *options("run", **settings))
     assert outcome.code == 0, outcome.err
     rows = read_rows(tmp_path / "run")
     skipped = rows[-1]["skipped_steps"]
-    assert 2 <= skipped < 16 and all(row["loss"] == row["loss"] for row in rows)
+    assert 1 <= skipped < 8 and all(row["loss"] == row["loss"] for row in rows)
     checkpoints = tmp_path / "run/checkpoints"
     states = {
         step: json.loads((checkpoints / f"step-{step:06d}/manifest.json").read_text())["state"]["guard"]
-        for step in (4, 16)
+        for step in (4, 8)
     }
-    assert states[16] == {"scale": 2.0 ** (27 - skipped), "good": 16.0 - skipped, "skipped": float(skipped)}
+    assert states[8] == {"scale": 2.0 ** (23 - skipped), "good": 8.0 - skipped, "skipped": float(skipped)}
     assert states[4]["skipped"] == min(4, skipped)
     before = load_file(tiny_2b_folder / FILE)
-    straight = read_tensors(checkpoints / "step-000016")
+    straight = read_tensors(checkpoints / "step-000008")
     name = "weights.proj_out.weight"
     assert straight[name].dtype == torch.float32
     assert not torch.equal(straight[name], before["proj_out.weight"])
@@ -55,11 +55,10 @@ def test_float16_skips_overflows_and_resumes_with_its_scale(
     if skipped >= 4:
         assert torch.equal(early[name], before["proj_out.weight"]), "skipped steps change nothing"
 
-    for step in (8, 12, 16):
-        (checkpoints / f"step-{step:06d}").rename(tmp_path / f"straight-{step}")
+    (checkpoints / "step-000008").rename(tmp_path / "straight")
     outcome = run_command(SFT, *options("run", **settings))
     assert outcome.code == 0 and "at step 4" in outcome.out
-    resumed = read_tensors(checkpoints / "step-000016")
+    resumed = read_tensors(checkpoints / "step-000008")
     assert all(torch.equal(resumed[key], tensor) for key, tensor in straight.items())
     assert read_rows(tmp_path / "run")[-1]["skipped_steps"] == skipped
 
