@@ -103,8 +103,9 @@ class CappedRun:
             num_trainable=num_trainable,
         )
         rung = choose_rung(rungs, self.settings, free, self.free_host)
-        trained = TrainedAdapter(transformer, "")
-        if full:
+        if not full:
+            trained = TrainedAdapter(transformer, "")
+        else:
             trained = TrainedModel(
                 transformer,
                 self.facts,
@@ -114,7 +115,7 @@ class CappedRun:
                 in_float32=not rung.eight_bit,
                 device=self.device,
             )
-        elif rung.num_resident is None:
+        if not full and rung.num_resident is None:
             transformer.to(self.device)
         self._install_attention(transformer)
         if rung.num_resident is not None:
