@@ -70,7 +70,7 @@ def test_gradients_are_those_of_plain_blocks(group: None, kind: str, activations
     plain, divided = make(kind), make(kind)
     install_attention(plain, "default", fuse=False)
     install_attention(divided, "default", fuse=False)
-    shard_transformer(divided, ALONE, make_mesh(ALONE, DEVICE), DEVICE, torch.float32)
+    shard_transformer(divided, ALONE, make_mesh(ALONE, DEVICE), DEVICE, torch.float32, full=kind == "sft")
     assert isinstance(divided.proj_out.weight, DTensor)
     torch._dynamo.reset()
     configure_blocks(divided, activations, compiled=compiled, has_dropout=False, compiler="aot_eager", hooked=True)
@@ -87,7 +87,7 @@ def test_gradients_are_those_of_plain_blocks(group: None, kind: str, activations
 def test_what_is_put_into_the_parts_is_computed_with(group: None) -> None:
     """Also right after a pass without gradients, after which the weights must not be held whole."""
     divided, other = make("sft"), make("sft")
-    shard_transformer(divided, ALONE, make_mesh(ALONE, DEVICE), DEVICE, torch.float32)
+    shard_transformer(divided, ALONE, make_mesh(ALONE, DEVICE), DEVICE, torch.float32, full=True)
     with torch.no_grad():
         divided(**make_inputs())
         for parameter in other.parameters():
@@ -105,7 +105,7 @@ def test_what_is_put_into_the_parts_is_computed_with(group: None) -> None:
 def test_the_guard_clips_and_skips_parts_as_whole_ones(group: None, bad: bool) -> None:
     mesh = make_mesh(ALONE, DEVICE)
     plain, divided = make("sft"), make("sft")
-    shard_transformer(divided, ALONE, mesh, DEVICE, torch.float32)
+    shard_transformer(divided, ALONE, mesh, DEVICE, torch.float32, full=True)
     guards = [
         StepGuard(DEVICE, use_loss_scale=False, max_grad_norm=0.01),
         ShardedStepGuard(DEVICE, mesh, use_loss_scale=False, max_grad_norm=0.01),
