@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 
 from cogtune.cache import make_key
 from cogtune.cluster.stopping import StopRequest
@@ -27,8 +27,6 @@ from cogtune.video_request import Request
 
 T = TypeVar("T")
 BASE_STEP = "step-000000"  # before the first step the model is the base model
-
-_ALONE = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
 class Interrupted(Exception):  # noqa: N818  # no error: a signal came
@@ -120,7 +118,7 @@ class Validator:
         Where a forward pass is a collective (sharded weights, shared samples), no rank may leave alone: there it ends
         after its part.
         """
-        alone = self._accelerator.distributed_type in _ALONE and self._teams.size == 1
+        alone = not self._plan.strategy.shards_weights and self._teams.size == 1
 
         def check(_module: torch.nn.Module, _arguments: tuple[object, ...]) -> None:
             move()

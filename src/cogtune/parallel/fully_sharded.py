@@ -23,6 +23,7 @@ from cogtune.optimization import StepGuard
 from cogtune.parallel.engine import Engine
 from cogtune.parallel.strategy import Strategy
 from cogtune.saving import keys_by_parameter
+from cogtune.shards.pieces import local_part
 
 
 def make_mesh(strategy: Strategy, device: torch.device) -> DeviceMesh:
@@ -65,11 +66,6 @@ def shard_transformer(
     for module in transformer.modules():
         # Otherwise the compiler leaves out its checks on these modules, such as whether the adapter is on.
         module._is_fsdp_managed_module = False
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor; a whole one is its own."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class ShardedStepGuard(StepGuard):
