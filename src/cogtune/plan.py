@@ -31,8 +31,8 @@ from cogtune.memory import (
 from cogtune.models import ModelFacts
 from cogtune.optimizer_ways import check_optimizer, list_optimizer_ways
 from cogtune.parallel.compatibility import check_strategy
+from cogtune.parallel.shared_samples import check_context, kept_by_exchange
 from cogtune.parallel.strategy import Strategy, read_strategy
-from cogtune.parallel.training import check_context, kept_by_exchange
 from cogtune.shards.plan import count_saved_bytes, decide_asynchronous
 from cogtune.streaming.host import free_host_bytes
 from cogtune.trained_weights import choose_trained, count_frozen_in_blocks

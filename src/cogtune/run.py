@@ -33,8 +33,8 @@ from cogtune.machine import avoid_fragments
 from cogtune.memory import explain_out_of_memory
 from cogtune.parallel.assembly import divide_transformer, make_engine, place_transformer
 from cogtune.parallel.engine import Engine
+from cogtune.parallel.shared_samples import SharedSample, share_samples, teams_of
 from cogtune.parallel.strategy import settings_of_our_own
-from cogtune.parallel.training import SharedSample, share_samples, teams_of
 from cogtune.plan import TrainingPlan
 from cogtune.preparation import EncodedData
 from cogtune.report import write_report
@@ -148,6 +148,7 @@ class Run:
         Raises `UserError` for a folder that holds another run, or can't be written.
         """
         resume = self.config.checkpoint.resume
+        check_shared_folder(self.folder, self.checkpoints.newest_step())  # what is found is read by all ranks together
         # A path starts this run; what the run itself has saved since then is newer.
         checkpoint = self.checkpoints.find_newest(self.accelerator.print, self._ranks)
         if checkpoint is None and resume not in ("auto", "never"):
@@ -155,7 +156,6 @@ class Run:
         if checkpoint is not None:
             self._check_same_run(checkpoint)
         self.accelerator.wait_for_everyone()
-        check_shared_folder(self.folder, None if checkpoint is None else checkpoint.step)
         if self.accelerator.is_main_process:
             try:
                 self.checkpoints.remove_partial()

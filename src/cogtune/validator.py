@@ -16,7 +16,7 @@ from cogtune.cluster.whereabouts import enter, move
 from cogtune.dataset import Entry
 from cogtune.denoiser import Denoiser
 from cogtune.parallel.lockstep import share_out
-from cogtune.parallel.training import teams_of
+from cogtune.parallel.shared_samples import teams_of
 from cogtune.plan import TrainingPlan
 from cogtune.preparation import EncodedData
 from cogtune.report import write_report

@@ -82,7 +82,7 @@ def test_torchrun_restarts_after_a_killed_rank_and_loses_nothing(
 ) -> None:
     process = launch(
         options("elastic", train__max_steps=10),
-        "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3",
+        "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1",
     )  # fmt: skip
     wait_until(lambda: len(rows_of(tmp_path / "elastic")) >= 3)
     os.kill(find_ranks(process.pid)[1], signal.SIGKILL)

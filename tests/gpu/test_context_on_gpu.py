@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from tests.e2e.test_context_parallel import frames_alone, launch, read_steps, video_options
 
-from cogtune.parallel.kernels import Kernel, attend_part, attend_part_backward
+from cogtune.parallel.attention_kernels import Kernel, attend_part, attend_part_backward
 
 NUM_GPUS = torch.cuda.device_count()
 needs_two = pytest.mark.skipif(NUM_GPUS < 2, reason=f"needs two GPUs, and there are {NUM_GPUS}")

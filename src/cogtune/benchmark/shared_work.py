@@ -28,7 +28,7 @@ from cogtune.models import choose_device, choose_dtype
 from cogtune.optimization import StepGuard, make_optimizer
 from cogtune.parallel.ranks import Teams
 from cogtune.parallel.sequence import Way
-from cogtune.parallel.training import share_samples
+from cogtune.parallel.shared_samples import share_samples
 from cogtune.parallel.videos import SharedVideo, VideoRanks, read_ranks, started_ranks
 from cogtune.random_pipeline import make_architecture_facts, make_random_transformer
 from cogtune.trainer import Recent

@@ -1,5 +1,6 @@
 """Accelerate's `Accelerator` whose ranks watch each other: one that is lost, hangs or fails ends all at once."""
 
+import json
 import os
 import secrets
 import socket
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from torch.distributed import PrefixStore, TCPStore
 
 from cogtune.cluster.hub import Hub
 from cogtune.cluster.watch import Watch, connect
@@ -28,6 +30,7 @@ class WatchedAccelerator(Accelerator):
     ) -> None:
         """`timeout_minutes`: how long all ranks may stand still; None: as long as they like."""
         # Collectives give up later than the watch does, so that its message is what shows.
+        leave_old_store()
         limit = _NEVER if timeout_minutes is None else timedelta(minutes=timeout_minutes) + _BACKSTOP
         super().__init__(kwargs_handlers=[*(kwargs_handlers or []), InitProcessGroupKwargs(timeout=limit)], **options)
         if self.num_processes > 1:
@@ -46,6 +49,25 @@ class WatchedAccelerator(Accelerator):
         if self.watch is not None:
             self.watch.close()
             on_failure(None)
+
+
+def leave_old_store() -> None:
+    """After a restart by torchrun: lets the ranks meet in a new store.
+
+    torchrun 2.13 gives them the store of those before, with their addresses in it; some would connect to the dead.
+    """
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if attempt == 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = PrefixStore(f"cogtune/{attempt}", TCPStore(address, port, is_master=False))
+    if os.environ["RANK"] == "0":
+        on_one_node = os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
+        with socket.socket() as free:
+            free.bind(("", 0))
+            store.set("store", json.dumps([address if on_one_node else socket.getfqdn(), free.getsockname()[1]]))
+    address, port = json.loads(store.get("store"))
+    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
 
 
 def join_watch(timeout_seconds: float | None) -> Watch:

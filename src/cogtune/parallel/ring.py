@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cogtune.parallel.attention_kernels import attend_part, attend_part_backward, choose_kernel
 from cogtune.parallel.groups import find_group
-from cogtune.parallel.kernels import attend_part, attend_part_backward, choose_kernel
 
 
 class _Ring:

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from cogtune.parallel.kernels import attend_part, attend_part_backward, choose_kernel
+from cogtune.parallel.attention_kernels import attend_part, attend_part_backward, choose_kernel
 
 CPU = torch.device("cpu")
 
