@@ -33,6 +33,7 @@ from cogtune.optimizer_ways import check_optimizer, list_optimizer_ways
 from cogtune.parallel.compatibility import check_strategy
 from cogtune.parallel.strategy import Strategy, read_strategy
 from cogtune.parallel.training import check_context, kept_by_exchange
+from cogtune.quantized_ways import check_quantized_base, list_base_ways
 from cogtune.shards.plan import count_saved_bytes, decide_asynchronous
 from cogtune.streaming.host import free_host_bytes
 from cogtune.trained_weights import choose_trained, count_frozen_in_blocks
@@ -130,6 +131,8 @@ class TrainingPlan(DataPlan):
             rows["checkpoints"] = f"{self.saved_bytes / 1e9:.2f} GB by each process, written {how}"
         if self.num_float8:
             rows["float8"] = f"products with {self.num_float8:,} of the frozen parameters"
+        elif self.memory.quantized:
+            rows["base"] = f"the blocks' frozen linear weights in {self.memory.quantized}: not the exact base's result"
         return "\n".join(f"{name:<11} {value}" for name, value in rows.items())
 
     @property
@@ -256,6 +259,7 @@ def _add_training(
     check_strategy(config, strategy, data.dtype, full=full)
     check_context(config, data.facts)
     check_optimizer(config, data.dtype, full=full)
+    check_quantized_base(config, strategy, full=full)
     check_backend(
         config.train.attention,
         num_heads=data.facts.num_heads,
@@ -392,5 +396,7 @@ def list_training_rungs(
         num_more_kept=num_more_kept,
     )
     shape = {"num_layers": facts.num_layers, "free_bytes": free_bytes, "streamable": streamable}
-    ways = list_optimizer_ways(config, dtype, free_bytes) if full and not divided else [{}]
+    ways = (
+        list_optimizer_ways(config, dtype, free_bytes) if full and not divided else list_base_ways(config, block, dtype)
+    )
     return sort_rungs([rung for way in ways for rung in list_rungs(partial(count, **way), time_of, settings, **shape)])
