@@ -196,17 +196,17 @@ def choose_rung(
         return smallest
     on_host = min(rungs, key=lambda rung: (not fits(rung, free_bytes, None), rung.host))
     if fits(on_host, free_bytes, None) and free_host is not None:
+        # Only frozen weights are streamed, and only they can be quantized.
+        smaller = on_host.num_resident is not None and on_host.quantized != "nf4"
+        remedy = "set memory.quantized_base=nf4 (another result: docs/memory.md), " if smaller else ""
         raise UserError(
             f"memory: {on_host.describe()} would fit on the device, but {free_host / GIB:.1f} GiB of host memory are "
-            "free; close other programs, or use a device with more memory"
+            f"free; close other programs, {remedy}or use a device with more memory"
         )
-    # Only frozen weights are streamed, and only they can be quantized.
-    smaller = smallest.num_resident is not None and smallest.quantized != "nf4"
-    remedy = "set memory.quantized_base=nf4 (another result: docs/memory.md), " if smaller else ""
     raise UserError(
         f"memory: the smallest plan needs {smallest.total / GIB:.1f} GiB and {free_bytes / GIB:.1f} GiB are free "
-        f"({smallest.describe()}); {remedy}lower train.batch_size or adapter.rank, close other programs on the "
-        "device, or set memory.mode=recompute to try all the same"
+        f"({smallest.describe()}); lower train.batch_size or adapter.rank, close other programs on the device, "
+        "or set memory.mode=recompute to try all the same"
     )
 
 

@@ -271,8 +271,6 @@ def explain_out_of_memory(plan: MemoryPlan, error: BaseException) -> str:
     elif plan.num_resident != 0 and not plan.on_host:
         saved = plan.weights if plan.num_resident is None else plan.weights // (plan.num_resident + DEFAULT_SLOTS)
         steps.append(f"memory.resident_blocks={_fewer(plan.num_resident)} (gives back up to {saved / GIB:.1f} GiB)")
-    if plan.num_resident is not None and plan.quantized != "nf4":
-        steps.append("memory.quantized_base=nf4 (another result: docs/memory.md)")
     if not plan.num_offloaded:
         steps.append(f"memory.offloaded_blocks=99 (gives back up to {plan.kept / GIB:.1f} GiB)")
     steps += ["train.batch_size=1 with train.gradient_accumulation_steps instead", "a lower adapter.rank"]
