@@ -79,6 +79,6 @@ def test_the_dry_run_lists_the_ways_that_are_allowed(options: Callable[..., list
 
 def test_where_a_base_can_not_be_quantized(options: Callable[..., list[str]], run_command: Any) -> None:
     outcome = run_command(SFT, *options("run", memory__quantized_base="nf4"))
-    assert outcome.code == 2 and "freezes no weight" in outcome.err
+    assert outcome.code == 2 and "is for LoRA" in outcome.err
     outcome = run_command(LORA, *options("run", memory__quantized_base="nf4", adapter__use_dora="true"))
     assert outcome.code == 2 and "can't go with adapter.use_dora" in outcome.err

@@ -84,6 +84,7 @@ def test_peaks_are_near_the_prediction(activations: Activations, resident: int |
     """Above all: no decoded weight is kept between the passes."""
     facts = make_architecture_facts("cogvideox-5b", **CHANGES)
     meta = make_random_transformer("cogvideox-5b", seed=0, device=torch.device("meta"), dtype=torch.bfloat16, **CHANGES)
+    block = meta.transformer_blocks[0]
     transformer = make(activations, quantized=kind, resident=resident)
     parameters = adapter_parameters(transformer)
     optimizer = make_optimizer(list(parameters.values()), OptimizerSettings())
@@ -100,8 +101,8 @@ def test_peaks_are_near_the_prediction(activations: Activations, resident: int |
     plan = predict(
         facts, activations, num_parameters=sum(p.numel() for p in meta.parameters()),
         num_trainable=sum(p.numel() for p in parameters.values()), tokens=facts.num_tokens(*SIZE), batch_size=1,
-        dtype=torch.bfloat16, num_resident=resident, coded=count_coded(meta.transformer_blocks[0], kind),
-        num_block_parameters=sum(p.numel() for p in meta.transformer_blocks[0].parameters()),
+        dtype=torch.bfloat16, num_resident=resident, coded=count_coded(block, kind, torch.bfloat16),
+        num_block_parameters=sum(p.numel() for p in block.parameters()),
     )  # fmt: skip
     assert plan.total / GIB == pytest.approx(peak / GIB, rel=0.1), plan.describe()
 

@@ -86,7 +86,7 @@ def test_float8_weights_are_kept_once_for_each_direction(tiny_folder: Path) -> N
 def test_weights_in_codes_take_their_bytes_and_one_decoded_layer(tiny_folder: Path) -> None:
     facts = replace(read_facts(tiny_folder), num_layers=10)
     sizes = {"num_parameters": 1100, "num_trainable": 10, "tokens": 100, "batch_size": 1, "dtype": torch.bfloat16}
-    coded = CodedWeights("nf4", num_parameters=80, num_bytes=45, num_largest=30)
+    coded = CodedWeights("nf4", num_parameters=80, num_bytes=45, num_largest=30, size=2)
     exact, plan = (predict(facts, "recompute", **sizes, coded=way) for way in (None, coded))
     assert plan.weights == exact.weights - 10 * (80 * 2 - 45) and plan.workspace == exact.workspace + 30 * 2
     assert (plan.kept, plan.trainable, plan.host) == (exact.kept, exact.trainable, 0)

@@ -11,6 +11,7 @@ from cogtune.ladder import choose_rung, describe_rungs, fits
 from cogtune.machine import NOMINAL, Machine
 from cogtune.memory import GIB, MARGIN, MemoryPlan
 from cogtune.models import make_meta_transformer, read_facts
+from cogtune.parallel.strategy import Strategy
 from cogtune.plan import list_training_rungs
 from cogtune.quantized_ways import check_quantized_base, count_coded, list_base_ways
 
@@ -43,7 +44,7 @@ def choose(rungs: list[MemoryPlan], free_gib: float, **memory: Any) -> MemoryPla
 def kinds(config: RunConfig) -> list[str | None]:
     with torch.device("meta"):
         block = make_block()
-    return [way["coded"].kind if way else None for way in list_base_ways(config, block)]
+    return [way["coded"].kind if way else None for way in list_base_ways(config, block, torch.float32)]
 
 
 def make_block() -> Any:
@@ -64,10 +65,10 @@ def test_a_block_of_5b_takes_half_and_a_third(skeleton_folder: Any) -> None:
     total = 2 * sum(p.numel() for p in block.parameters())
     parts = {}
     for kind in ("int8", "nf4"):
-        coded = count_coded(block, kind)
+        coded = count_coded(block, kind, torch.bfloat16)
         assert coded is not None and coded.num_parameters == 12 * 3072**2 + 2 * 6 * 3072 * 512
         assert coded.num_largest == 4 * 3072**2
-        parts[kind] = 1 - coded.saved_bytes(2) / total
+        parts[kind] = 1 - coded.saved_bytes / total
     modulations, products = 2 * 6 * 3072 * (512 + 4), 12 * 3072**2 * 4.25 / 8
     assert coded.num_bytes == modulations + products
     assert parts == pytest.approx({"int8": 0.5, "nf4": 0.30}, abs=0.01)
@@ -97,7 +98,7 @@ def test_weights_on_device_and_host_are_counted(make_rungs: Any) -> None:
 
 def test_little_host_memory_is_a_reason(make_rungs: Any) -> None:
     little = 7 * GIB
-    with pytest.raises(UserError, match=r"set memory\.quantized_base=nf4 \(another result"):
+    with pytest.raises(UserError, match=r"under LoRA set memory\.quantized_base=nf4 \(another result"):
         choose_rung(make_rungs(7.4), make_config().memory, int(7.4 * GIB), little)
     allowed = make_config(allow_quantized_base=True).memory
     assert choose_rung(make_rungs(7.4, allow_quantized_base=True), allowed, int(7.4 * GIB), little).quantized
@@ -136,8 +137,8 @@ def test_allowed_it_is_taken_where_it_is_clearly_faster(make_rungs: Any) -> None
 @pytest.mark.parametrize(
     ("changes", "full", "message"),
     [
-        ({"memory": {"quantized_base": "int8"}}, True, "quantized_base=int8: full fine-tuning .* freezes no weight"),
-        ({"memory": {"allow_quantized_base": True}}, True, "allow_quantized_base=true: full fine-tuning"),
+        ({"memory": {"quantized_base": "int8"}}, True, "quantized_base=int8: is for LoRA"),
+        ({"memory": {"allow_quantized_base": True}}, True, "allow_quantized_base=true: is for LoRA"),
         (
             {"memory": {"quantized_base": "none", "allow_quantized_base": True}},
             False,
@@ -157,10 +158,17 @@ def test_allowed_it_is_taken_where_it_is_clearly_faster(make_rungs: Any) -> None
 )
 def test_what_can_not_be_is_refused(changes: dict[str, Any], full: bool, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check_quantized_base(RunConfig.model_validate(changes), full=full)
+        check_quantized_base(RunConfig.model_validate(changes), Strategy(), full=full)
 
 
 def test_what_can_be_is_not() -> None:
     for full, memory in ((True, {}), (True, {"quantized_base": "none"}), (False, {"quantized_base": "int8"})):
-        check_quantized_base(make_config(**memory), full=full)
-    check_quantized_base(make_config(allow_quantized_base=True), full=False)
+        check_quantized_base(make_config(**memory), Strategy(), full=full)
+    check_quantized_base(make_config(allow_quantized_base=True), Strategy(), full=False)
+
+
+def test_divided_weights_are_exact() -> None:
+    for kind in ("fsdp2", "zero2"):
+        with pytest.raises(UserError, match="codes are no parameters that"):
+            check_quantized_base(make_config(quantized_base="int8"), Strategy(kind, 2, 2), full=False)
+        check_quantized_base(make_config(), Strategy(kind, 2, 2), full=False)
