@@ -175,8 +175,8 @@ class MemorySettings(Section):
     """Blocks whose kept activations wait in host memory for the backward pass; the same result. auto: as is fastest."""
     quantized_base: Literal["auto", "none", "int8", "nf4"] = "auto"
     """Keep the frozen linear weights of the transformer's blocks in 8 or 4 bits and decode them for each product: less
-    memory, and a quarter to a half to copy where blocks are streamed, but another result (docs/memory.md). LoRA only.
-    auto: none, unless `allow_quantized_base`."""
+    memory, and half or a third to copy where blocks are streamed, but another result (docs/memory.md). LoRA only. auto:
+    none, unless `allow_quantized_base`."""
     allow_quantized_base: bool = False
     """Let `quantized_base: auto` take int8 or nf4 where nothing exact fits, or where that is clearly faster."""
     optimizer: Literal["auto", "device", "host", "8bit"] = "auto"

@@ -9,6 +9,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from cogtune.quantized_linear import QuantizedLinear
+
 LORA, SFT = "train/lora.py", "train/sft.py"
 
 
@@ -66,6 +68,20 @@ def test_a_run_over_a_quantized_base_resumes_exactly_and_never_over_another(
         outcome = run_command(LORA, *options("run", memory__quantized_base=other))
         now = "exact" if other == "none" else other
         assert outcome.code == 2 and f"memory.quantized_base: nf4 -> {now}" in outcome.err
+
+
+def test_codes_live_under_ddp(tmp_path: Path) -> None:
+    """It broadcasts every buffer at the start, whatever its type."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        layers = [QuantizedLinear(torch.randn(64, 64), torch.randn(64), kind) for kind in ("int8", "nf4")]
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64), *layers)
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        wrapped(torch.randn(4, 64)).sum().backward()
+        assert len(before) == 7 and all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_the_dry_run_lists_the_ways_that_are_allowed(options: Callable[..., list[str]], run_command: Any) -> None:

@@ -2,7 +2,10 @@
 
 import gc
 import itertools
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -120,3 +123,20 @@ def test_a_quantized_base_is_small_and_was_never_there_whole(kind: WeightKind, s
     assert torch.cuda.memory_allocated() - before < share * (whole - before)
     assert torch.cuda.max_memory_allocated() < whole
     del held
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_a_job_over_codes_is_near_the_exact_one_and_can_be_replayed_as_a_graph(
+    kind: WeightKind, make_job: Callable[..., Path], run_command: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
+    losses = {}
+    for name, graph in (("none", False), (kind, False), (kind, True)):
+        settings = {"memory": {"quantized_base": name}, "train": {"cuda_graph": graph, "max_steps": 6}}
+        folder = tmp_path / f"{name}-{graph}"
+        job = make_job(tiny_folder, validation={"enabled": False}, **settings)
+        outcome = run_command("train/lora.py", "--config", job, f"--output_dir={folder}")
+        assert outcome.code == 0, outcome.err
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        losses[name, graph] = [row["loss"] for row in rows if "loss" in row]
+    assert losses[kind, True] == pytest.approx(losses[kind, False], rel=2e-3)
+    assert losses[kind, False] == pytest.approx(losses["none", False], rel=0.03)

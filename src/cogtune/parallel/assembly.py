@@ -74,7 +74,8 @@ def make_engine(accelerator: Accelerator, plan: TrainingPlan, trained: Any, mesh
             dtype=plan.dtype,
             initial=trained.initial(),
         )
-    model = accelerator.prepare_model(trained.transformer)
+    # On a CPU each process's device has a number; streamed weights, which are away, would be moved there.
+    model = accelerator.prepare_model(trained.transformer, device_placement=device.type != "cpu")
     if plan.memory.eight_bit:
         optimizer = EightBitAdamW(
             list(parameters.values()), settings, seed=plan.config.train.seed, compiled=plan.compiled
