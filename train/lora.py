@@ -36,6 +36,7 @@ def main() -> None:
         num_clips=len(run.data.train),
         global_batch=plan.global_batch,
         dtype=str(plan.dtype).removeprefix("torch."),
+        quantized=plan.memory.quantized,
     )
     adapter = TrainedAdapter(transformer, card)
     if not run.train(adapter):

@@ -173,6 +173,12 @@ class MemorySettings(Section):
     just in time. The same result; auto: as many as fit (docs/memory.md)."""
     offloaded_blocks: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Blocks whose kept activations wait in host memory for the backward pass; the same result. auto: as is fastest."""
+    quantized_base: Literal["auto", "none", "int8", "nf4"] = "auto"
+    """Keep the frozen linear weights of the transformer's blocks in 8 or 4 bits and decode them for each product: less
+    memory, and half or a third to copy where blocks are streamed, but another result (docs/memory.md). LoRA only. auto:
+    none, unless `allow_quantized_base`."""
+    allow_quantized_base: bool = False
+    """Let `quantized_base: auto` take int8 or nf4 where nothing exact fits, or where that is clearly faster."""
     optimizer: Literal["auto", "device", "host", "8bit"] = "auto"
     """Where full fine-tuning keeps its float32 weights and AdamW's state. host: in host memory, updated there beside
     the next forward pass; the GPU computes with streamed copies in `model.dtype` (not float16). auto: on the device if

@@ -1,9 +1,12 @@
-"""Frozen linear layers as training runs them: several behind one product, or in float8; with a low-rank update.
+"""Frozen linear layers as training runs them: several behind one product, in float8 or in codes; with an update.
 
-In float8 (e4m3), weights are quantized once for each direction, activations and their gradients at every call, each
-row with its own scale. A weight gradient is never made. The update is computed from the unquantized input.
+In codes (int8, NF4: `quantized_linear`), weights take less memory and are decoded for each product. In float8 (e4m3),
+weights are quantized once for each direction, activations and their gradients at every call, each row with its own
+scale, and the update is computed from the unquantized input. A weight gradient is never made.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +18,8 @@ from torch import Tensor, nn
 from cogtune.float8 import quantize_rows
 from cogtune.float8_rows import quantize_gelu, quantize_gelu_gradient
 from cogtune.low_rank import adapted_linear
+from cogtune.quantized_linear import QuantizedLinear
+from cogtune.weight_codes import WeightKind, count_code_bytes
 
 Update = tuple[Tensor, Tensor]
 _FLOAT8_MULTIPLE = 16
@@ -169,11 +174,14 @@ class _Float8FeedForward(torch.autograd.Function):
 
 def is_frozen(layer: nn.Module) -> bool:
     """Whether a layer's weight is never trained, so that no gradient has to be made for it."""
-    return isinstance(layer, FrozenLinear | Float8Base) or not any(p.requires_grad for p in layer.parameters())
+    holds_buffers = isinstance(layer, FrozenLinear | Float8Base | QuantizedLinear)
+    return holds_buffers or not any(p.requires_grad for p in layer.parameters())
 
 
 def apply_updated(layer: Any, x: Tensor, update: Update) -> Tensor:
-    """A frozen layer (`nn.Linear` or one of this module's) with a low-rank update (down, up) in the type of `x`."""
+    """A frozen layer (`is_frozen`) with a low-rank update (down, up) in the type of `x`."""
+    if isinstance(layer, QuantizedLinear):
+        return layer.apply_updated(x, *update)
     if not isinstance(layer, Float8Base):
         return adapted_linear(x, layer.weight, layer.bias, *update)
     down, up = update
@@ -193,15 +201,7 @@ def quantize_base(transformer: CogVideoXTransformer3DModel) -> int:
 @torch.no_grad()
 def quantize_block(block: Any) -> int:
     """`quantize_base` of one block."""
-    replaced = 0
-    attention: Any = block.attn1
-    fused = getattr(attention, "qkv", None)
-    if fused is not None:
-        whole = attention.qkv = Float8Base(fused.weight, fused.bias)
-        size = len(whole.weight) // 3
-        for number, name in enumerate(("to_q", "to_k", "to_v")):
-            _replace_base(attention, name, whole.part(number * size, (number + 1) * size))
-        replaced += 3
+    replaced = _replace_fused(block.attn1, Float8Base)
     for parent, name in _inner_linears(block):
         layer = getattr(parent, name)
         base: Any = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
@@ -213,6 +213,62 @@ def quantize_block(block: Any) -> int:
     if plain and type(net[0].proj) is Float8Base and type(net[2]) is Float8Base:
         block.ff = Float8FeedForward(net)
     return replaced
+
+
+def encode_base(transformer: CogVideoXTransformer3DModel, kind: WeightKind, device: torch.device) -> None:
+    """Puts a transformer on the device with the frozen linear weights of all blocks in codes; it never was there whole.
+
+    Adapters and fused projections come before.
+    """
+    for block in transformer.transformer_blocks:
+        encode_block(block.to(device), kind)
+    transformer.to(device)  # pyright: ignore[reportArgumentType]
+
+
+@torch.no_grad()
+def encode_block(block: Any, kind: WeightKind) -> int:
+    """Keeps the frozen linear weights of a block in codes and frees them; returns how many layers that were.
+
+    The modulations' are int8 whatever the kind: all tokens depend on them. Adapters stay as they are.
+    """
+    replaced = _replace_fused(block.attn1, partial(QuantizedLinear, kind=kind))
+    for parent, name, own_kind in _choose_kinds(block, kind):
+        layer = getattr(parent, name)
+        base: Any = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+        if type(base) is nn.Linear and is_frozen(base):
+            _replace_base(parent, name, QuantizedLinear(base.weight, base.bias, own_kind))
+            replaced += 1
+    return replaced
+
+
+def count_codes(block: Any, kind: WeightKind) -> tuple[int, int, int]:
+    """Weights of a block that `encode_block` would encode, bytes of their codes, and the largest layer's weights.
+
+    From shapes, without an adapter.
+    """
+    sizes, num_bytes = [], 0
+    for parent, name, own_kind in _choose_kinds(block, kind):
+        num_outputs, num_inputs = getattr(parent, name).weight.shape
+        sizes.append(num_outputs * num_inputs)
+        num_bytes += count_code_bytes(num_outputs, num_inputs, own_kind)
+    return sum(sizes), num_bytes, max(sizes)
+
+
+def _choose_kinds(block: Any, kind: WeightKind) -> list[tuple[Any, str, WeightKind]]:
+    inner: list[tuple[Any, str, WeightKind]] = [(parent, name, kind) for parent, name in _inner_linears(block)]
+    return [*inner, (block.norm1, "linear", "int8"), (block.norm2, "linear", "int8")]
+
+
+def _replace_fused(attention: Any, make: Callable[..., Any]) -> int:
+    """Replaces the fused q, k and v, if they are, by a layer of `make(weight, bias)` and its parts."""
+    fused = getattr(attention, "qkv", None)
+    if fused is None:
+        return 0
+    whole = attention.qkv = make(fused.weight, fused.bias)
+    size = len(whole.weight) // 3
+    for number, name in enumerate(("to_q", "to_k", "to_v")):
+        _replace_base(attention, name, whole.part(number * size, (number + 1) * size))
+    return 3
 
 
 def count_float8_parameters(transformer: CogVideoXTransformer3DModel) -> int:

@@ -3,7 +3,8 @@
 A rung says which activations the backward pass finds (`execution`), how many blocks' weights stay on the device while
 the others are streamed (`streaming.blocks`), and of how many blocks the activations wait on the host
 (`streaming.activations`). None of them changes a result. In full fine-tuning it also says where weights and optimizer
-state are; that in 8 bits does change the result, and is on the ladder only where the user lets it.
+state are. State in 8 bits and a quantized frozen base do change the result, and are on the ladder only where the user
+lets them.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from cogtune.execution import Activations
 from cogtune.machine import Machine
 from cogtune.memory import ACTIVATIONS_FAST_TO_SLOW, GIB, MARGIN, MemoryPlan
 from cogtune.models import ModelFacts
+from cogtune.weight_codes import WeightKind
 
 SMALL_BYTES = 2 * GIB
 HOST_MARGIN = 0.9
@@ -32,6 +34,11 @@ _UPDATE_TRAFFIC = 18.0
 written, the gradient read and widened, the copy written. Counted."""
 _HOST_BYTES_PER_SECOND = 100e9
 """What AdamW on a host's cores gets of its memory's bandwidth. A guess."""
+_FLOPS_A_BYTE = 300.0
+"""What a device computes while its memory moves a byte: decoding quantized weights reads codes and writes weights. A
+guess, from an H100's data sheet (990 TFLOP/s, 3.35 TB/s)."""
+_WORTH_ROUNDING: dict[WeightKind | None, float] = {None: 1.0, "int8": 1.02, "nf4": 1.04}
+"""A quantized base must promise to be faster by this before it is preferred to one that is nearer to the exact one."""
 _RECOMPUTED: dict[Activations, tuple[float, float]] = {
     "keep_all": (0.0, 0.0),
     "keep_products": (0.03, 0.0),
@@ -88,7 +95,11 @@ def predict_seconds(
     kept_bytes: float,
     weight_gradients: bool,
 ) -> float:
-    """A step of all blocks: each pass takes as long as its work or its copies, whichever is longer, and a little."""
+    """A step of all blocks: each pass takes as long as its work or its copies, whichever is longer, and a little.
+
+    `block_bytes` are those of an exact block.
+    """
+    block_bytes -= plan.coded.saved_bytes if plan.coded else 0
     num_streamed = num_layers if plan.on_host else num_layers - (plan.num_resident or 0)
     streamed = 0 if plan.num_resident is None and not plan.on_host else num_streamed * block_bytes
     kept = plan.num_offloaded * kept_bytes
@@ -96,6 +107,9 @@ def predict_seconds(
         num_layers * times.forward_seconds(),
         num_layers * times.backward_seconds(plan.activations, weight_gradients=weight_gradients),
     )
+    decoding = (plan.coded.moved_bytes if plan.coded else 0) * num_layers * _FLOPS_A_BYTE / machine.flops
+    forward += decoding
+    backward += decoding * (1 + _RECOMPUTED[plan.activations][0])
     if plan.on_host:  # the update runs beside the forward pass and is read block by block
         forward = max(forward, num_layers * block_bytes * _UPDATE_TRAFFIC / _HOST_BYTES_PER_SECOND)
     copied = (max(streamed, kept) / machine.link, (streamed + kept) / machine.link)
@@ -134,9 +148,16 @@ def list_rungs(
 
 
 def sort_rungs(rungs: Sequence[MemoryPlan]) -> list[MemoryPlan]:
-    """Fastest first; of equally fast ones, what asks less of the host and keeps more on the device."""
+    """Fastest first; of equally fast ones, what asks less of the host and keeps more on the device.
+
+    Where some quantize the frozen base, what is gained by it must be worth it.
+    """
     fastest = min(rung.seconds for rung in rungs)
-    return sorted(rungs, key=lambda rung: (round(rung.seconds / fastest, 3), rung.host, -rung.total))
+
+    def order(rung: MemoryPlan) -> tuple[float, int, int]:
+        return round(rung.seconds * _WORTH_ROUNDING[rung.quantized] / fastest, 3), rung.host, -rung.total
+
+    return sorted(rungs, key=order)
 
 
 def _offload_counts(settings: MemorySettings, num_layers: int, free_bytes: int | None) -> list[int]:
@@ -175,9 +196,12 @@ def choose_rung(
         return smallest
     on_host = min(rungs, key=lambda rung: (not fits(rung, free_bytes, None), rung.host))
     if fits(on_host, free_bytes, None) and free_host is not None:
+        # Only frozen weights are streamed, and only they can be quantized.
+        smaller = on_host.num_resident is not None and on_host.quantized != "nf4"
+        remedy = "under LoRA set memory.quantized_base=nf4 (another result: docs/memory.md), " if smaller else ""
         raise UserError(
             f"memory: {on_host.describe()} would fit on the device, but {free_host / GIB:.1f} GiB of host memory are "
-            "free; close other programs, or use a device with more memory"
+            f"free; close other programs, {remedy}or use a device with more memory"
         )
     raise UserError(
         f"memory: the smallest plan needs {smallest.total / GIB:.1f} GiB and {free_bytes / GIB:.1f} GiB are free "
@@ -193,10 +217,10 @@ def describe_rungs(
 
     Of rungs that differ in counts only, the fastest that fits is shown, or else the smallest.
     """
-    groups: dict[tuple[Activations, bool, bool, bool, bool], list[MemoryPlan]] = {}
+    groups: dict[tuple[object, ...], list[MemoryPlan]] = {}
     for rung in rungs:
         streamed = rung.num_resident is not None
-        key = (rung.activations, streamed, rung.num_offloaded > 0, rung.on_host, rung.eight_bit)
+        key = (rung.activations, streamed, rung.num_offloaded > 0, rung.on_host, rung.eight_bit, rung.quantized)
         groups.setdefault(key, []).append(rung)
     shown = []
     for group in groups.values():

@@ -51,6 +51,33 @@ def stack_updates(
     return torch.cat(downs), torch.cat(rows)
 
 
+def multiply_forward(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, down: torch.Tensor, up: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output [N, out] of `x` [N, in], and x A' [N, r]."""
+    hidden = x @ down.t()
+    if x.shape[1] <= weight.shape[0]:
+        return F.linear(torch.cat([x, hidden], dim=1), torch.cat([weight, up], dim=1), bias), hidden
+    # A copy of the wide input would be more traffic than the narrow output's.
+    return torch.addmm(F.linear(x, weight, bias), hidden, up.t()), hidden
+
+
+def multiply_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `x`, `down` and `up` from that of the output [N, out]."""
+    both = grad @ torch.cat([weight, up], dim=1)
+    width = x.shape[1]
+    grad_hidden = both[:, width:]
+    grad_x = both[:, :width] + grad_hidden @ down
+    return grad_x, grad_hidden.t() @ x, grad.t() @ hidden
+
+
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -61,18 +88,11 @@ class _AdaptedLinear(torch.autograd.Function):
         down: torch.Tensor,
         up: torch.Tensor,
     ) -> torch.Tensor:
-        hidden = x @ down.t()
+        y, hidden = multiply_forward(x, weight, bias, down, up)
         ctx.save_for_backward(x, hidden, weight, down, up)
-        if x.shape[1] <= weight.shape[0]:
-            return F.linear(torch.cat([x, hidden], dim=1), torch.cat([weight, up], dim=1), bias)
-        # A copy of the wide input would be more traffic than the narrow output's.
-        return torch.addmm(F.linear(x, weight, bias), hidden, up.t())
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, hidden, weight, down, up = ctx.saved_tensors
-        both = grad @ torch.cat([weight, up], dim=1)
-        width = x.shape[1]
-        grad_hidden = both[:, width:]
-        grad_x = both[:, :width] + grad_hidden @ down
-        return grad_x, None, None, grad_hidden.t() @ x, grad.t() @ hidden
+        grad_x, grad_down, grad_up = multiply_backward(grad, *ctx.saved_tensors)
+        return grad_x, None, None, grad_down, grad_up

@@ -16,6 +16,7 @@ from cogtune.models import ModelFacts
 from cogtune.parallel.footprint import Sizes, count_footprint
 from cogtune.parallel.strategy import Strategy
 from cogtune.streaming.blocks import DEFAULT_SLOTS
+from cogtune.weight_codes import WeightKind
 
 GIB = 1 << 30
 MARGIN = 0.95  # of the free memory: the allocator's fragments and the libraries' workspaces need the rest
@@ -65,6 +66,31 @@ ACTIVATIONS_FAST_TO_SLOW: tuple[Activations, ...] = ("keep_all", "keep_products"
 
 
 @dataclass(frozen=True)
+class CodedWeights:
+    """Frozen weights of each block that are kept in codes and decoded for each product."""
+
+    kind: WeightKind
+    num_parameters: int
+    """In one block."""
+    num_bytes: int
+    """What their codes and scales take."""
+    num_largest: int
+    """Parameters of the largest layer: the one that is decoded at a time."""
+    size: int
+    """Bytes of a decoded weight."""
+
+    @property
+    def saved_bytes(self) -> int:
+        """What a block takes less than the exact one."""
+        return self.num_parameters * self.size - self.num_bytes
+
+    @property
+    def moved_bytes(self) -> int:
+        """What decoding a block once reads and writes."""
+        return self.num_parameters * self.size + self.num_bytes
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """Predicted bytes for one way to keep weights and activations."""
 
@@ -86,6 +112,8 @@ class MemoryPlan:
     """The trained weights and the optimizer's state are in host memory; all blocks are streamed."""
     eight_bit: bool = False
     """AdamW's state is in 8 bits, there are no float32 weights, and each gradient goes as soon as it comes."""
+    coded: CodedWeights | None = None
+    """How the blocks' frozen weights are kept in codes; None: they are exact."""
     seconds: float = 0.0
     """Predicted time of a step; comparable within one list of plans only."""
 
@@ -94,9 +122,16 @@ class MemoryPlan:
         """Bytes on the device."""
         return self.weights + self.trainable + self.kept + self.workspace
 
+    @property
+    def quantized(self) -> WeightKind | None:
+        """The kind of codes that the frozen base is in, if it is."""
+        return None if self.coded is None else self.coded.kind
+
     def name(self) -> str:
         """The rung in words."""
         parts: list[str] = [self.activations]
+        if self.quantized:
+            parts.append(f"frozen base in {self.quantized}")
         if self.on_host:
             parts.append("weights and optimizer on the host")
         elif self.eight_bit:
@@ -153,6 +188,7 @@ def predict(
     eight_bit: bool = False,
     strategy: Strategy | None = None,
     num_more_kept: float = 0.0,
+    coded: CodedWeights | None = None,
 ) -> MemoryPlan:
     """The plan for a transformer of `num_parameters` frozen and `num_trainable` trained ones.
 
@@ -162,16 +198,18 @@ def predict(
     of the blocks are not streamed. `on_host`: all are trained, and the device has copies of two blocks, and the
     gradients of two. `eight_bit`: none of the trained ones has a float32 copy, and the device has the gradients of one
     block (`num_block_trained`; default: `num_block_parameters`). `ema_bytes`: an average of the trained weights.
-    `num_more_kept`: tensors that a block keeps on top of `KEPT_UNITS`.
+    `num_more_kept`: tensors that a block keeps on top of `KEPT_UNITS`. `coded`: frozen weights of each block that are
+    kept in codes.
     """
     size = element_bytes(dtype)
+    saved = 0 if coded is None else coded.saved_bytes
     unit = activation_bytes(facts, tokens, batch_size, dtype)
-    weights = (num_parameters - num_float8) * size + num_float8 * 2
+    weights = (num_parameters - num_float8) * size + num_float8 * 2 - facts.num_layers * saved
     kept_by_block = (KEPT_UNITS[activations] + num_more_kept) * unit
     at_once = min(facts.num_layers, facts.num_layers - num_offloaded + (OFFLOADED_AT_ONCE if num_offloaded else 0))
     host = int(num_offloaded * kept_by_block)
     if num_resident is not None:
-        block = num_block_parameters * size + num_float8 * (2 - size) // facts.num_layers
+        block = num_block_parameters * size + num_float8 * (2 - size) // facts.num_layers - saved
         host += block * facts.num_layers
         slots = min(DEFAULT_SLOTS, facts.num_layers - num_resident)
         weights -= block * (facts.num_layers - num_resident - slots)
@@ -195,17 +233,19 @@ def predict(
     host += ema_bytes + EMA_STAGING_BYTES if ema_on_host else 0
     kept = int(at_once * kept_by_block)
     encoding = int(ENCODER_UNITS * batch_size * image_pixels * ENCODER_CHANNELS * size) if num_encoder else 0
+    decoded = 0 if coded is None else coded.num_largest * coded.size
     return MemoryPlan(
         activations=activations,
         weights=weights + num_encoder * size,
         trainable=trainable,
         kept=kept,
-        workspace=max(int(WORKSPACE_UNITS * unit), encoding - kept),
+        workspace=max(int(WORKSPACE_UNITS * unit) + decoded, encoding - kept),
         num_resident=num_resident,
         num_offloaded=num_offloaded,
         host=host,
         on_host=on_host,
         eight_bit=eight_bit,
+        coded=coded,
     )
 
 

@@ -138,10 +138,23 @@ def _name_task(facts: ModelFacts) -> dict[str, str]:
     return {"task": "text-to-video", "pipeline": "CogVideoXPipeline"}
 
 
+def _name_rounding(config: RunConfig, quantized: str | None) -> str:
+    if config.train.float8_base:
+        return " (its products in float8)"
+    return f" (its blocks' linear weights in {quantized})" if quantized else ""
+
+
 def make_adapter_card(
-    config: RunConfig, facts: ModelFacts, clip_format: ClipFormat, *, num_clips: int, global_batch: int, dtype: str
+    config: RunConfig,
+    facts: ModelFacts,
+    clip_format: ClipFormat,
+    *,
+    num_clips: int,
+    global_batch: int,
+    dtype: str,
+    quantized: str | None = None,
 ) -> str:
-    """README.md of an adapter folder."""
+    """README.md of an adapter folder; `quantized`: how the frozen base was kept in training."""
     adapter, token = config.adapter, config.data.id_token
     row = VARIANTS.get(facts.variant)
     base = row.hub_name if row and row.hub_name else config.model.path
@@ -165,7 +178,7 @@ def make_adapter_card(
         schedule=config.schedule.name,
         steps=config.train.max_steps,
         batch=global_batch,
-        dtype=f"{dtype} (its products in float8)" if config.train.float8_base else dtype,
+        dtype=dtype + _name_rounding(config, quantized),
         use_dtype=dtype,
         **_name_task(facts),
         loading="from diffusers.utils import load_image\n" if facts.takes_image else "",

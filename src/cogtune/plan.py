@@ -33,6 +33,7 @@ from cogtune.optimizer_ways import check_optimizer, list_optimizer_ways
 from cogtune.parallel.compatibility import check_strategy
 from cogtune.parallel.shared_samples import check_context, kept_by_exchange
 from cogtune.parallel.strategy import Strategy, read_strategy
+from cogtune.quantized_ways import check_quantized_base, list_base_ways
 from cogtune.shards.plan import count_saved_bytes, decide_asynchronous
 from cogtune.streaming.host import free_host_bytes
 from cogtune.trained_weights import choose_trained, count_frozen_in_blocks
@@ -130,6 +131,8 @@ class TrainingPlan(DataPlan):
             rows["checkpoints"] = f"{self.saved_bytes / 1e9:.2f} GB by each process, written {how}"
         if self.num_float8:
             rows["float8"] = f"products with {self.num_float8:,} of the frozen parameters"
+        elif self.memory.quantized:
+            rows["base"] = f"the blocks' frozen linear weights in {self.memory.quantized}: not the exact base's result"
         return "\n".join(f"{name:<11} {value}" for name, value in rows.items())
 
     @property
@@ -218,11 +221,6 @@ def make_full_plan(config: RunConfig) -> TrainingPlan:
     return _add_training(data, num_frozen, num_trainable, 0, trained=trained, frozen_in_block=frozen_in_block)
 
 
-def has_ema(config: RunConfig) -> bool:
-    """Whether the trained weights are averaged."""
-    return config.train.ema_decay is not None
-
-
 def _check_cuda_graph(data: DataPlan) -> None:
     config = data.config
     reasons = {
@@ -256,6 +254,7 @@ def _add_training(
     check_strategy(config, strategy, data.dtype, full=full)
     check_context(config, data.facts)
     check_optimizer(config, data.dtype, full=full)
+    check_quantized_base(config, strategy, full=full)
     check_backend(
         config.train.attention,
         num_heads=data.facts.num_heads,
@@ -286,7 +285,8 @@ def _add_training(
     )
     memory = choose_rung(rungs, config.memory, free, free_host)
     compiled = {"on": True, "off": False, "auto": data.device.type == "cuda"}[config.train.compile]
-    saved_bytes = count_saved_bytes(num_trainable, eight_bit=memory.eight_bit, has_ema=has_ema(config))
+    has_ema = config.train.ema_decay is not None
+    saved_bytes = count_saved_bytes(num_trainable, eight_bit=memory.eight_bit, has_ema=has_ema)
     saved_bytes //= strategy.num_processes
     beside = full and decide_asynchronous(
         config.checkpoint, num_bytes=saved_bytes, other_bytes=memory.host, free_host=free_host
@@ -385,12 +385,13 @@ def list_training_rungs(
         image_pixels=image_pixels,
         num_block_parameters=num_block if frozen_in_block is None or not frozen or divided else frozen_in_block,
         num_block_trained=min(num_block, num_trainable),
-        ema_bytes=EMA_BYTES * num_trainable if has_ema(config) else 0,
+        ema_bytes=EMA_BYTES * num_trainable if config.train.ema_decay is not None else 0,
         ema_on_host=config.train.ema_on_host,
         full=full,
         strategy=strategy,
         num_more_kept=num_more_kept,
     )
     shape = {"num_layers": facts.num_layers, "free_bytes": free_bytes, "streamable": streamable}
-    ways = list_optimizer_ways(config, dtype, free_bytes) if full and not divided else [{}]
+    of_state = full and not divided
+    ways = list_optimizer_ways(config, dtype, free_bytes) if of_state else list_base_ways(config, block, dtype)
     return sort_rungs([rung for way in ways for rung in list_rungs(partial(count, **way), time_of, settings, **shape)])

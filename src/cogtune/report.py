@@ -29,10 +29,11 @@ def write_report(
     validation: Sequence[Entry],
     *,
     eight_bit: bool = False,
+    quantized: str | None = None,
 ) -> Path:
     """Writes (or rewrites) the report of the run in `folder` from its metrics, samples and clips.
 
-    `eight_bit`: AdamW's state is kept so, which the config alone may leave open.
+    `eight_bit`: AdamW's state is kept so; `quantized`: how the frozen base is. The config alone may leave both open.
     """
     rows = read_metrics(folder / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
@@ -41,7 +42,7 @@ def write_report(
     page = template.render(
         title=folder.name,
         version=_version(),
-        summary=_summarise(config, steps, evaluations, eight_bit=eight_bit),
+        summary=_summarise(config, steps, evaluations, eight_bit=eight_bit, quantized=quantized),
         charts=[
             draw_chart("training loss", {"loss": [(r["step"], r["loss"]) for r in steps], "smoothed": _smooth(steps)}),
             draw_chart("evaluation loss", {"held-out clips": [(r["step"], r["eval_loss"]) for r in evaluations]}),
@@ -95,11 +96,18 @@ def _template() -> str:
 
 
 def _summarise(
-    config: RunConfig, steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], *, eight_bit: bool
+    config: RunConfig,
+    steps: list[dict[str, Any]],
+    evaluations: list[dict[str, Any]],
+    *,
+    eight_bit: bool,
+    quantized: str | None,
 ) -> list[tuple[str, str]]:
     rows = [("model", config.model.path)]
     if config.train.float8_base:
         rows.append(("frozen base", "multiplied by in float8 (train.float8_base)"))
+    if quantized:
+        rows.append(("frozen base", f"its blocks' linear weights in {quantized} (memory.quantized_base)"))
     if eight_bit:
         rows.append(("optimizer", "AdamW with 8-bit state, bfloat16 weights (memory.optimizer=8bit)"))
     if steps:

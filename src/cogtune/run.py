@@ -135,6 +135,7 @@ class Run:
             "global_batch": plan.global_batch,
             "dataset": data.digest(),
             "optimizer_state": "8bit" if plan.memory.eight_bit else "float32",
+            "frozen_base": plan.memory.quantized or "exact",
         }
         self._ema: Ema | None = None
         self._store: Store | None = None
@@ -178,6 +179,9 @@ class Run:
         before, now = saved.get("optimizer_state", "float32"), self.identity["optimizer_state"]
         if before != now:
             differences.append(f"memory.optimizer: {before} state -> {now} state")
+        before, now = saved.get("frozen_base", "exact"), self.identity["frozen_base"]
+        if before != now:
+            differences.append(f"memory.quantized_base: {before} -> {now}")
         _refuse_differences(self.folder, differences)
 
     def train(self, trained: Trained) -> bool:
@@ -338,8 +342,9 @@ class Run:
 
     def write_report(self) -> None:
         """Brings `report.html` up to date."""
-        eight_bit = self.plan.memory.eight_bit
-        write_report(self.folder, self.config, self.data.train, self.data.validation, eight_bit=eight_bit)
+        memory, data = self.plan.memory, self.data
+        ways = {"eight_bit": memory.eight_bit, "quantized": memory.quantized}
+        write_report(self.folder, self.config, data.train, data.validation, **ways)
 
     def _averaged_weights(self) -> contextlib.AbstractContextManager[None]:
         return self._ema.swapped_in() if self._ema is not None else contextlib.nullcontext()

@@ -83,7 +83,9 @@ class Validator:
             if step > 0:
                 self._copy_base_videos(folder)
             entries = self._data.train, self._data.validation
-            write_report(self._folder, self._plan.config, *entries, eight_bit=self._plan.memory.eight_bit)
+            memory = self._plan.memory
+            ways = {"eight_bit": memory.eight_bit, "quantized": memory.quantized}
+            write_report(self._folder, self._plan.config, *entries, **ways)
         if self._accelerator.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._accelerator.device)  # training's rows show training's
         return True

@@ -4,6 +4,7 @@ import argparse
 import gc
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,10 +18,12 @@ from cogtune.benchmark import memory as memory_bench
 from cogtune.config import AdapterSettings, OptimizerSettings
 from cogtune.denoiser import make_rotary
 from cogtune.execution import Activations, configure_blocks
+from cogtune.frozen import encode_base, encode_block
 from cogtune.memory import ACTIVATIONS_FAST_TO_SLOW, GIB, predict
 from cogtune.optimization import make_optimizer
 from cogtune.random_pipeline import ARCHITECTURES, make_architecture_facts, make_random_on_host
 from cogtune.streaming.blocks import stream_blocks
+from cogtune.weight_codes import WeightKind
 
 DEVICE = torch.device("cuda")
 LAYERS, HEADS, SIZE = 8, 16, (49, 240, 368)  # 5B's kind at a third of its width: 226 + 13 x 15 x 23 tokens
@@ -36,7 +39,14 @@ def _clean() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def make(activations: Activations, *, resident: int | None = None, offloaded: int = 0, compiled: bool = True) -> Any:
+def make(
+    activations: Activations,
+    *,
+    resident: int | None = None,
+    offloaded: int = 0,
+    compiled: bool = True,
+    quantized: WeightKind | None = None,
+) -> Any:
     def build() -> torch.nn.Module:
         return CogVideoXTransformer3DModel(**ARCHITECTURES["cogvideox-5b"][0] | CHANGES)
 
@@ -46,10 +56,13 @@ def make(activations: Activations, *, resident: int | None = None, offloaded: in
         if "lora_B" in name:
             parameter.data.normal_(std=0.02, generator=torch.Generator().manual_seed(2))
     install_attention(transformer, "default")
-    if resident is None:
-        transformer.to(DEVICE)
+    if resident is not None:
+        prepare = partial(encode_block, kind=quantized) if quantized else None
+        stream_blocks(transformer, "transformer_blocks", DEVICE, num_resident=resident, prepare=prepare)
+    elif quantized:
+        encode_base(transformer, quantized, DEVICE)
     else:
-        stream_blocks(transformer, "transformer_blocks", DEVICE, num_resident=resident)
+        transformer.to(DEVICE)
     configure_blocks(transformer, activations, compiled=compiled, has_dropout=False, num_offloaded=offloaded)
     return transformer.train()
 

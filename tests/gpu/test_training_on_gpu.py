@@ -146,9 +146,14 @@ def test_a_replayed_pass_equals_a_plain_one(
     assert losses[True] == pytest.approx(losses[False], rel=2e-3)
 
 
-@pytest.mark.parametrize("float8", [False, True])
+@pytest.mark.parametrize(("float8", "base"), [(False, "none"), (True, "none"), (False, "nf4")])
 def test_no_step_waits_for_the_device(
-    float8: bool, make_job: Callable[..., Path], run_command: Any, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+    float8: bool,
+    base: str,
+    make_job: Callable[..., Path],
+    run_command: Any,
+    tiny_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With CUDA's synchronisation check set to raise inside every step, training goes through."""
     run_step = Trainer.run_step
@@ -166,7 +171,8 @@ def test_no_step_waits_for_the_device(
     monkeypatch.setattr(Trainer, "run_step", watched)
     if float8 and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("needs compute capability 8.9 or newer")
-    job = make_job(tiny_folder, validation={"enabled": False}, train={"float8_base": float8})
+    settings = {"train": {"float8_base": float8}, "memory": {"quantized_base": base}}
+    job = make_job(tiny_folder, validation={"enabled": False}, **settings)
     outcome = run_command("train/lora.py", "--config", job)
     assert outcome.code == 0, outcome.err
     assert len(steps) == 12

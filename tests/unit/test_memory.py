@@ -18,6 +18,7 @@ from cogtune.memory import (
     OFFLOADED_AT_ONCE,
     UPDATE_BYTES,
     WORKSPACE_UNITS,
+    CodedWeights,
     MemoryPlan,
     explain_out_of_memory,
     free_device_bytes,
@@ -80,6 +81,19 @@ def test_float8_weights_are_kept_once_for_each_direction(tiny_folder: Path) -> N
     }
     assert weights[torch.bfloat16, 600] == weights[torch.bfloat16, 0] == 2000
     assert weights[torch.float32, 0] == 4000 and weights[torch.float32, 600] == 400 * 4 + 600 * 2
+
+
+def test_weights_in_codes_take_their_bytes_and_one_decoded_layer(tiny_folder: Path) -> None:
+    facts = replace(read_facts(tiny_folder), num_layers=10)
+    sizes = {"num_parameters": 1100, "num_trainable": 10, "tokens": 100, "batch_size": 1, "dtype": torch.bfloat16}
+    coded = CodedWeights("nf4", num_parameters=80, num_bytes=45, num_largest=30, size=2)
+    exact, plan = (predict(facts, "recompute", **sizes, coded=way) for way in (None, coded))
+    assert plan.weights == exact.weights - 10 * (80 * 2 - 45) and plan.workspace == exact.workspace + 30 * 2
+    assert (plan.kept, plan.trainable, plan.host) == (exact.kept, exact.trainable, 0)
+    assert plan.name() == "recompute, frozen base in nf4" and exact.name() == "recompute"
+    streamed = predict(facts, "recompute", **sizes, num_block_parameters=100, num_resident=4, coded=coded)
+    block = 100 * 2 - (80 * 2 - 45)
+    assert streamed.host == 10 * block and streamed.weights == 100 * 2 + (4 + 2) * block
 
 
 def test_faster_plans_need_more(tiny_folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Training with streamed blocks and offloaded activations: bit for bit what resident ones give, compiled or not."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ from test_attention import KINDS, make_inputs, make_transformer, step
 
 from cogtune.attention import install_attention
 from cogtune.execution import Activations, configure_blocks
-from cogtune.frozen import quantize_base
+from cogtune.frozen import encode_base, encode_block, quantize_base
 from cogtune.streaming.blocks import find_stream, stream_blocks
+from cogtune.weight_codes import WeightKind
 
 CPU = torch.device("cpu")
 LAYERS = 5
@@ -32,6 +34,7 @@ def make(
     slots: int = 2,
     offloaded: int = 0,
     float8: bool = False,
+    quantized: WeightKind | None = None,
     compiler: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Any:
@@ -41,7 +44,10 @@ def make(
     if float8:
         quantize_base(transformer)
     if resident is not None:
-        stream_blocks(transformer, "transformer_blocks", CPU, num_resident=resident, num_slots=slots)
+        prepare = partial(encode_block, kind=quantized) if quantized else None
+        stream_blocks(transformer, "transformer_blocks", CPU, num_resident=resident, num_slots=slots, prepare=prepare)
+    elif quantized:
+        encode_base(transformer, quantized, CPU)
     configure_blocks(
         transformer,
         activations,
@@ -89,6 +95,18 @@ def test_kinds_of_adapters_are_the_same_bit_for_bit(kind: str) -> None:
 
 def test_float8_weights_are_streamed_too() -> None:
     assert_same(step(make("keep_attention", float8=True, resident=1)), step(make("keep_attention", float8=True)))
+
+
+@pytest.mark.parametrize("activations", ["recompute", "keep_attention", "keep_products", "keep_all"])
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_weights_in_codes_are_streamed_too(kind: WeightKind, activations: Activations) -> None:
+    """With offloaded activations; what a block sends and keeps on the host is its codes."""
+    plain, streamed = make(activations, quantized=kind), make(activations, quantized=kind, resident=1, offloaded=3)
+    for seed in (1, 2):
+        assert_same(step(streamed, seed), step(plain, seed))
+    stream, exact = find_stream(streamed), find_stream(make(resident=1))
+    assert stream is not None and exact is not None
+    assert stream.flat[0].num_bytes < exact.flat[0].num_bytes / 2, "float32 weights, and small ones"
 
 
 @pytest.mark.parametrize("activations", ["recompute", "keep_attention", "keep_products", "keep_all"])

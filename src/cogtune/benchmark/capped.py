@@ -7,6 +7,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from cogtune.config import MemorySettings
 from cogtune.eight_bit_adamw import EightBitAdamW, EightBitGuard
 from cogtune.encoding import embed_tokens
 from cogtune.execution import configure_blocks
+from cogtune.frozen import encode_base, encode_block
 from cogtune.full import TrainedModel
 from cogtune.generation import Request, decode_latents, generate_latents, make_pipeline, place_pipeline
 from cogtune.host_training import HostAdamW, HostStepGuard
@@ -115,11 +117,15 @@ class CappedRun:
                 in_float32=not rung.eight_bit,
                 device=self.device,
             )
-        if not full and rung.num_resident is None:
+        if not full and rung.num_resident is None and not rung.quantized:
             transformer.to(self.device)
         self._install_attention(transformer)
         if rung.num_resident is not None:
-            stream_blocks(transformer, TRANSFORMER_BLOCKS, self.device, num_resident=rung.num_resident)
+            prepare = partial(encode_block, kind=rung.quantized) if rung.quantized else None
+            resident = rung.num_resident
+            stream_blocks(transformer, TRANSFORMER_BLOCKS, self.device, num_resident=resident, prepare=prepare)
+        elif rung.quantized:
+            encode_base(transformer, rung.quantized, self.device)
         elif full and trained.host is None:
             transformer.to(self.device)
         configure_blocks(

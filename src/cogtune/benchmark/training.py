@@ -38,6 +38,7 @@ from cogtune.memory import GIB, predict
 from cogtune.models import ModelFacts, choose_device, choose_dtype, count_image_encoder
 from cogtune.optimization import StepGuard, make_optimizer
 from cogtune.parallel.engine import Engine, Guard, make_replicated_engine
+from cogtune.quantized_ways import count_coded
 from cogtune.random_pipeline import ARCHITECTURES, make_architecture_facts, make_random_transformer
 from cogtune.saving import DeviceStore, WholeSaver
 from cogtune.tracking import MetricsLog
@@ -152,6 +153,7 @@ class TrainingBench:
         started = time.perf_counter()
         transformer = make_random_transformer(self.arguments.model, seed=0, device=self.device, dtype=self.dtype)
         num_parameters = sum(p.numel() for p in transformer.parameters())
+        coded = count_coded(transformer.transformer_blocks[0], variant.quantized, self.dtype)
         num_float8 = count_float8_parameters(transformer) if "float8" in variant.flags else 0
         timings = {
             name: BackendTiming(row["forward_seconds"], row["backward_seconds"])
@@ -188,6 +190,7 @@ class TrainingBench:
             batch_size=self.arguments.batch_size,
             dtype=self.dtype,
             num_float8=num_float8,
+            coded=coded,
             num_encoder=count_image_encoder(self.facts),
             image_pixels=self.size[1] * self.size[2],
         )

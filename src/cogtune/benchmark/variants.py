@@ -1,8 +1,8 @@
 """Ways to run a LoRA step, by name, and a random transformer set up for one of them.
 
 A name is a rung of `cogtune.execution` and what differs from the default, joined by +: `keep_attention`,
-`keep_products+float8`, `recompute+stock_attention+eager`. `diffusers` is what its own training example does: stock LoRA
-layers under autocast, stock attention, no compiler, whole blocks recomputed.
+`keep_products+float8`, `keep_attention+nf4`, `recompute+stock_attention+eager`. `diffusers` is what its own training
+example does: stock LoRA layers under autocast, stock attention, no compiler, whole blocks recomputed.
 """
 
 from dataclasses import dataclass
@@ -18,10 +18,12 @@ from cogtune.attention_backends import Backend, activate
 from cogtune.config import AdapterSettings
 from cogtune.errors import UserError
 from cogtune.execution import Activations, configure_blocks
-from cogtune.frozen import quantize_base
+from cogtune.frozen import encode_base, quantize_base
+from cogtune.weight_codes import WeightKind
 
 BASELINE = "diffusers"
-_FLAGS = ("float8", "stock_attention", "eager")
+_FLAGS = ("float8", "int8", "nf4", "stock_attention", "eager")
+_ROUNDED = frozenset({"float8", "int8", "nf4"})
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,11 @@ class Variant:
         return self.name == BASELINE
 
     @property
+    def quantized(self) -> WeightKind | None:
+        """How the frozen base is kept in codes."""
+        return "int8" if "int8" in self.flags else "nf4" if "nf4" in self.flags else None
+
+    @property
     def compiled(self) -> bool:
         return not self.is_baseline and "eager" not in self.flags
 
@@ -47,11 +54,11 @@ def parse_variant(name: str) -> Variant:
     if name == BASELINE:
         return Variant(name, "recompute")
     rung, *flags = name.split("+")
-    unknown = sorted(set(flags) - set(_FLAGS))
+    unknown = sorted(set(flags) - set(_FLAGS)) or len(_ROUNDED & set(flags)) > 1
     if rung not in get_args(Activations) or unknown:
         raise UserError(
             f"--variants {name}: expected {BASELINE}, or one of {', '.join(get_args(Activations))} "
-            f"with any of {', '.join('+' + flag for flag in _FLAGS)}"
+            f"with any of {', '.join('+' + flag for flag in _FLAGS)} (one of {', '.join(sorted(_ROUNDED))})"
         )
     return Variant(name, rung, frozenset(flags))  # pyright: ignore[reportArgumentType]  # checked above
 
@@ -84,6 +91,8 @@ def prepare_transformer(
         install_attention(transformer, backend)
     if "float8" in variant.flags:
         quantize_base(transformer)
+    if variant.quantized:
+        encode_base(transformer, variant.quantized, device)
     configure_blocks(transformer, variant.activations, compiled=variant.compiled, has_dropout=False, shared=shared)
 
 

@@ -1,5 +1,6 @@
 """Puts a run's transformer where its strategy wants it, and builds the engine that the loop drives."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from accelerate import Accelerator
 from torch.distributed.device_mesh import DeviceMesh
 
 from cogtune.eight_bit_adamw import EightBitAdamW, EightBitGuard
-from cogtune.frozen import quantize_base, quantize_block
+from cogtune.frozen import encode_base, encode_block, quantize_base, quantize_block
 from cogtune.host_training import HostAdamW, HostStepGuard
 from cogtune.optimization import StepGuard, make_optimizer
 from cogtune.parallel.deepspeed_engine import make_deepspeed_engine
@@ -25,8 +26,12 @@ from cogtune.streaming.blocks import stream_blocks
 
 
 def place_transformer(plan: TrainingPlan, trained: Any, device: torch.device) -> None:
-    """Before the attention is installed: whole models go to the device, which divided and streamed ones never do."""
-    if plan.memory.num_resident is None and trained.host is None and not plan.strategy.shards_weights:
+    """Before the attention is installed: whole models go to the device.
+
+    Divided, streamed and quantized ones are never there as a whole.
+    """
+    whole = plan.memory.num_resident is None and not plan.memory.quantized
+    if whole and trained.host is None and not plan.strategy.shards_weights:
         trained.transformer.to(device)
 
 
@@ -37,11 +42,15 @@ def divide_transformer(plan: TrainingPlan, trained: Any, device: torch.device) -
         mesh = make_mesh(plan.strategy, device)
         shard_transformer(transformer, plan.strategy, mesh, device, plan.dtype, full=plan.full)
         return mesh
+    kind = plan.memory.quantized
     if num_resident is not None and trained.host is None:
-        prepare = quantize_block if plan.num_float8 else None
+        encode = partial(encode_block, kind=kind) if kind else None
+        prepare = quantize_block if plan.num_float8 else encode
         stream_blocks(transformer, "transformer_blocks", device, num_resident=num_resident, prepare=prepare)
     elif plan.num_float8:
         quantize_base(transformer)
+    elif kind:
+        encode_base(transformer, kind, device)
     return None
 
 
@@ -65,7 +74,8 @@ def make_engine(accelerator: Accelerator, plan: TrainingPlan, trained: Any, mesh
             dtype=plan.dtype,
             initial=trained.initial(),
         )
-    model = accelerator.prepare_model(trained.transformer)
+    # On a CPU each process's device has a number; streamed weights, which are away, would be moved there.
+    model = accelerator.prepare_model(trained.transformer, device_placement=device.type != "cpu")
     if plan.memory.eight_bit:
         optimizer = EightBitAdamW(
             list(parameters.values()), settings, seed=plan.config.train.seed, compiled=plan.compiled

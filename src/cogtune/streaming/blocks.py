@@ -278,6 +278,8 @@ def stream_blocks(
     Adapters and fused projections come before, quantization as `prepare`, the optimizer after. The whole model is never
     on the device.
     """
+    if device.type == "cpu":  # "cpu:0" would be another device to PyTorch, and tensors without memory be copied there
+        device = torch.device("cpu")
     parent_name, _, list_name = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     blocks = getattr(parent, list_name)

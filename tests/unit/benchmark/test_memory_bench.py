@@ -27,12 +27,12 @@ def test_both_jobs_are_measured_and_settings_reach_them(tmp_path: Path) -> None:
     small = results["jobs"]["sft"]["no cap"]
     assert "error" not in small, small
     assert "bfloat16 weights and 8-bit optimizer state" in small["way"] and small["seconds"] > 0
-    options += ["--set", "resident_blocks=0"]
+    options += ["--set", "resident_blocks=0", "--set", "quantized_base=nf4"]
     results = memory.run(parse("--caps", "", "--job", "lora,generate", "--json", str(file), *options))
     assert json.loads(file.read_text()) == results
     lora, video = results["jobs"]["lora"]["no cap"], results["jobs"]["generate"]["no cap"]
     assert "error" not in lora and "error" not in video, results
-    assert "0 blocks resident, others streamed, activations of 1 blocks on the host" in lora["way"]
+    assert "nf4, 0 blocks resident, others streamed, activations of 1 blocks on the host" in lora["way"]
     assert lora["seconds"] > 0 and lora["host_gib"] > 0
     assert video["seconds"] > 50 * video["step_seconds"] and video["decode"]["seconds"] > 0
     assert "1.000x" in memory.describe(results)

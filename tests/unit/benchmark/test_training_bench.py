@@ -30,7 +30,7 @@ def bench(*options: str) -> argparse.Namespace:
 
 def test_train_measures_each_way_and_its_ratio_to_the_baseline(tmp_path: Path) -> None:
     file = tmp_path / "train.json"
-    variants = "keep_attention+eager,recompute+eager+stock_attention,keep_products+eager+float8"
+    variants = "keep_attention+eager,recompute+eager+stock_attention,keep_products+eager+float8,recompute+eager+nf4"
     results = training.run(bench("--variants", variants, "--baseline", "diffusers", "--check", "--json", str(file)))
     assert json.loads(file.read_text()) == json.loads(json.dumps(results))
     rows = results["variants"]
@@ -40,15 +40,15 @@ def test_train_measures_each_way_and_its_ratio_to_the_baseline(tmp_path: Path) -
         assert row["num_steps"] == 2 and row["compiled_again"] == 0 and row["data_seconds"] < row["step_seconds"]
         assert row["profile"]["parts_ms"]["linear"] > 0 and row["profile"]["kernels"]
         assert row["hardware_tflops"] >= row["model_tflops"] > 0
-    exact = [rows[name]["loss"] for name in rows if "float8" not in name]
+    exact = [rows[name]["loss"] for name in rows if "float8" not in name and "nf4" not in name]
     assert exact == pytest.approx([exact[0]] * 3, rel=1e-4), "the same batches, weights and updates"
     check = results["check"]
     assert list(check) == ["float32", "keep_all+eager+stock_attention", *variants.split(",")]
     for name, row in list(check.items())[1:]:
-        low, high = (1e-4, 0.15) if "float8" in name else (0.0, 1e-5)
+        low, high = (1e-4, 0.15) if "float8" in name or "nf4" in name else (0.0, 1e-5)
         assert low <= row["gradient_error"] < high, name
     table = training.describe(results)
-    assert table.count(" x diffusers") == 4 and "1.00 x diffusers" in table
+    assert table.count(" x diffusers") == 5 and "1.00 x diffusers" in table
 
 
 @pytest.mark.parametrize("model", ["tiny-i2v", "tiny-1.5", "tiny-1.5-i2v"])
@@ -125,7 +125,7 @@ def test_attention_measures_every_model(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(attention.describe(results).splitlines()) == 2
 
 
-@pytest.mark.parametrize("name", ["quick", "recompute+quick", "diffusers+eager", ""])
+@pytest.mark.parametrize("name", ["quick", "recompute+quick", "diffusers+eager", "recompute+int8+nf4", ""])
 def test_unknown_variants_are_refused(name: str) -> None:
     with pytest.raises(UserError, match="expected diffusers, or one of keep_all"):
         parse_variant(name)

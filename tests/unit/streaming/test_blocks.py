@@ -178,3 +178,13 @@ def test_some_blocks_are_visited_and_given_up_after_an_error() -> None:
     assert len(stream.loaded()) <= 2
     with pytest.raises(ValueError, match="resident"):
         BlockStream(list(blocks), CPU, num_resident=5)
+
+
+def test_a_cpu_with_a_number_is_the_cpu() -> None:
+    """accelerate numbers it where several processes run; moved there, tensors without memory would be read."""
+    model = nn.Module()
+    model.blocks = nn.ModuleList(make_blocks(3))
+    expected = [block.weight.clone() for block in model.blocks]
+    stream_blocks(model, "blocks", torch.device("cpu:0"), num_resident=0)
+    assert isinstance(model.blocks, StreamedBlocks)
+    assert all(torch.equal(block.weight, weight) for block, weight in zip(model.blocks, expected, strict=True))
