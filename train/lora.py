@@ -5,13 +5,15 @@ python train/lora.py --config ...                     the same on one device
 """
 
 from cogtune.adapter import TrainedAdapter, add_lora
+from cogtune.agreement import agree_on_plan
 from cogtune.cli import parse_run
 from cogtune.errors import run_command
 from cogtune.model_card import make_adapter_card
 from cogtune.models import load_transformer
 from cogtune.plan import make_adapter_plan
 from cogtune.preparation import encode_data
-from cogtune.run import Run, check_output_folder, derive_init_seed, exit_after_signal, start_accelerator
+from cogtune.run import Run, derive_init_seed, exit_after_signal, start_accelerator
+from cogtune.run_identity import check_output_folder
 
 
 def main() -> None:
@@ -24,6 +26,7 @@ def main() -> None:
         print(plan.describe(), plan.describe_rungs(), sep="\n")
         return
     accelerator = start_accelerator(plan)
+    plan = agree_on_plan(plan, accelerator)
     accelerator.print(plan.describe())
     run = Run(plan, accelerator, encode_data(plan, accelerator))
 

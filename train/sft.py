@@ -6,6 +6,7 @@ python train/sft.py --config ...                      the same on one device
 
 import torch
 
+from cogtune.agreement import agree_on_plan
 from cogtune.cli import parse_run
 from cogtune.errors import run_command
 from cogtune.full import TrainedModel
@@ -13,7 +14,8 @@ from cogtune.model_card import make_model_card
 from cogtune.models import load_transformer
 from cogtune.plan import make_full_plan
 from cogtune.preparation import encode_data
-from cogtune.run import Run, check_output_folder, exit_after_signal, start_accelerator
+from cogtune.run import Run, exit_after_signal, start_accelerator
+from cogtune.run_identity import check_output_folder
 
 
 def main() -> None:
@@ -26,6 +28,7 @@ def main() -> None:
         print(plan.describe(), plan.describe_rungs(), sep="\n")
         return
     accelerator = start_accelerator(plan)
+    plan = agree_on_plan(plan, accelerator)
     accelerator.print(plan.describe())
     run = Run(plan, accelerator, encode_data(plan, accelerator))
 

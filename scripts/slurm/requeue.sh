@@ -10,13 +10,22 @@
 SAVE_SECONDS=${SAVE_SECONDS:-90}
 
 run_and_requeue() {
-  local step code=0 asked=""
+  local step code=0 asked="" stopped
+  # A run that a signal ended makes this file, on the file system that all nodes share.
+  export COGTUNE_STOPPED="$SLURM_SUBMIT_DIR/.cogtune-stopped-$SLURM_JOB_ID"
+  rm -f "$COGTUNE_STOPPED"
   trap 'asked=${asked:-$SECONDS}; scancel --signal=USR1 "$SLURM_JOB_ID" || true' USR1
   "$@" &
   step=$!
   wait "$step" || code=$? # also returns when USR1 came
   [ -n "$asked" ] || return "$code"
   while kill -0 "$step" 2>/dev/null && ((SECONDS - asked < SAVE_SECONDS)); do sleep 1; done
+  stopped=$([ -e "$COGTUNE_STOPPED" ] && echo yes || true)
+  rm -f "$COGTUNE_STOPPED"
+  if [ -z "$stopped" ] && ! kill -0 "$step" 2>/dev/null; then # it came to its end, or failed, in the last moments
+    wait "$step" && code=0 || code=$?
+    return "$code"
+  fi
   echo "time is nearly over: the job goes back into the queue"
   scontrol requeue "$SLURM_JOB_ID"
 }

@@ -117,10 +117,9 @@ class CheckpointFolder:
         found = [path for path in self.folder.glob("step-*") if (path / MANIFEST).is_file()]
         return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
-    def newest_step(self) -> int | None:
-        """The newest complete checkpoint's step, by names alone."""
-        folders = self._folders()
-        return int(folders[-1].name.removeprefix("step-")) if folders else None
+    def list_steps(self) -> tuple[int, ...]:
+        """The steps of complete checkpoints, by names alone, oldest first."""
+        return tuple(int(folder.name.removeprefix("step-")) for folder in self._folders())
 
     def find_newest(self, report: Callable[[str], None], ranks: Exchange | None = None) -> Checkpoint | None:
         """The newest checkpoint whose every file is as written; damaged ones are reported and passed over.

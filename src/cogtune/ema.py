@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,7 +36,9 @@ class Ema:
         }
         devices = {part.device for part in first if part.device.type == "cuda"}
         self._device = devices.pop() if devices else None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ema") if on_host else None
+        # A thread begins with the first GPU, and would take memory there.
+        begin = partial(torch.cuda.set_device, self._device) if self._device is not None else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ema", initializer=begin) if on_host else None
         self._update: Future[None] | None = None
         if on_host and self._device is not None:
             self._leaving = torch.cuda.Stream(self._device)

@@ -6,6 +6,7 @@ from the folder's own configs, so any CogVideoX-shaped pipeline folder works, al
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -289,13 +290,26 @@ def count_image_encoder(facts: ModelFacts) -> int:
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device for auto, cuda or cpu; raises `UserError` where CUDA is asked for and absent."""
+    """The device for auto, cuda or cpu, of several processes each one's own, which becomes the current one.
+
+    Raises `UserError` where CUDA is asked for and absent, or a process has no GPU.
+    """
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "cuda is asked for, but torch sees no GPU; check the driver and that torch is a CUDA build "
             f"(it is {torch.__version__}), or choose cpu"
         )
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    place = os.environ.get("LOCAL_RANK")
+    if place is None:
+        return torch.device("cuda")
+    if int(place) >= torch.cuda.device_count():
+        raise UserError(
+            f"process {place} of this node has no GPU, there are {torch.cuda.device_count()}; start one for each GPU"
+        )
+    torch.cuda.set_device(int(place))  # else all of them would plan on the first GPU, and keep memory there
+    return torch.device("cuda", int(place))
 
 
 def choose_dtype(wanted: str, facts: ModelFacts, device: torch.device) -> torch.dtype:

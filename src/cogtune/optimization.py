@@ -65,7 +65,8 @@ class StepGuard:
         factor = 1.0 / self.scale
         if self._max_norm is not None:
             factor = factor * (self._max_norm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, factor)
+        if gradients:  # on the host where they wait there
+            torch._foreach_mul_(gradients, factor.to(gradients[0].device))
         bad = (~good).float()
         self._bad_in_a_row = (self._bad_in_a_row + 1) * bad
         if self._use_scale:

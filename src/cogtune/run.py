@@ -1,9 +1,11 @@
 """A training run from its plan: folder, encoded data, transformer, loop, final weights. Used by `train/*.py`."""
 
 import contextlib
+import os
 import shutil
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,11 +35,13 @@ from cogtune.machine import avoid_fragments
 from cogtune.memory import explain_out_of_memory
 from cogtune.parallel.assembly import divide_transformer, make_engine, place_transformer
 from cogtune.parallel.engine import Engine
+from cogtune.parallel.fully_sharded import give_back
 from cogtune.parallel.shared_samples import SharedSample, share_samples, teams_of
 from cogtune.parallel.strategy import settings_of_our_own
 from cogtune.plan import TrainingPlan
 from cogtune.preparation import EncodedData
 from cogtune.report import write_report
+from cogtune.run_identity import free_settings, refuse_differences
 from cogtune.saving import Saver, Store, WholeSaver, read_final_weights
 from cogtune.shards.ranks import Ranks
 from cogtune.shards.saver import ShardedSaver, ShardedState
@@ -46,67 +50,6 @@ from cogtune.tracking import MetricsLog
 from cogtune.trainer import Trained, Trainer
 from cogtune.validation_notes import ValidationNotes
 from cogtune.validator import Validator
-
-# Settings that may differ between a run and its continuation: they change no training result.
-_FREE_SETTINGS = frozenset(
-    {
-        "validation",
-        "checkpoint",
-        "tracking",
-        "output_dir",
-        "memory",
-        "model.device",
-        "train.compile",
-        "train.attention",
-        "train.context_attention",
-        "train.context_parallel",
-        "train.ema_on_host",
-        "train.batch_size",
-        "train.timeout_minutes",
-        "train.gradient_accumulation_steps",  # their product with the processes is compared instead
-        "data.manifest",
-        "data.validation_manifest",
-        "data.validation_clips",  # the clips are compared instead
-        "data.cache_dir",
-        "data.num_workers",
-        "data.decode_timeout_seconds",
-        "data.bad_clips",
-        "data.allow_outside_root",
-    }
-)
-
-
-def check_output_folder(config: RunConfig) -> None:
-    """Raises `UserError` for an output folder that holds something else than this run; reads no large file."""
-    folder, resume = config.output_dir, config.checkpoint.resume
-    saved_config = folder / "config.yaml"
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output_dir={folder}: is a file; choose another folder")
-    if folder.is_dir() and any(folder.iterdir()) and not saved_config.is_file():
-        raise UserError(f"output_dir={folder}: holds files that are no run's; choose another folder")
-    if resume == "never" and saved_config.is_file():
-        raise UserError(
-            f"output_dir={folder}: holds a run and checkpoint.resume is 'never'; "
-            "choose another folder, delete this one, or set checkpoint.resume=auto"
-        )
-    has_checkpoints = any((folder / "checkpoints").glob("step-*/manifest.json"))
-    if saved_config.is_file() and has_checkpoints and resume == "auto":
-        saved = yaml.safe_load(saved_config.read_text(encoding="utf-8"))
-        _refuse_differences(folder, find_differences(saved, config.to_plain(), _free_settings(config)))
-
-
-def _free_settings(config: RunConfig) -> frozenset[str]:
-    # With a decaying schedule the number of steps shapes every step's learning rate.
-    return _FREE_SETTINGS | ({"train.max_steps"} if config.schedule.name == "constant" else set())
-
-
-def _refuse_differences(folder: Path, differences: list[str]) -> None:
-    if differences:
-        listed = "\n       ".join(differences)
-        raise UserError(
-            f"output_dir={folder}: holds another run; resuming it with these changes would be wrong:\n"
-            f"       {listed}\n       choose another output_dir, or undo them"
-        )
 
 
 def start_accelerator(plan: DataPlan) -> Accelerator:
@@ -149,7 +92,7 @@ class Run:
         Raises `UserError` for a folder that holds another run, or can't be written.
         """
         resume = self.config.checkpoint.resume
-        check_shared_folder(self.folder, self.checkpoints.newest_step())  # what is found is read by all ranks together
+        check_shared_folder(self.folder, self.checkpoints.list_steps())  # what is found is read by all ranks together
         # A path starts this run; what the run itself has saved since then is newer.
         checkpoint = self.checkpoints.find_newest(self.accelerator.print, self._ranks)
         if checkpoint is None and resume not in ("auto", "never"):
@@ -169,7 +112,7 @@ class Run:
 
     def _check_same_run(self, checkpoint: Checkpoint) -> None:
         saved = checkpoint.state
-        differences = find_differences(saved["config"], self.identity["config"], _free_settings(self.config))
+        differences = find_differences(saved["config"], self.identity["config"], free_settings(self.config))
         differences += [
             f"{name}: {saved[name]} -> {self.identity[name]}"
             for name in ("global_batch", "dataset")
@@ -178,11 +121,13 @@ class Run:
         # What `auto` comes to depends on the machine, and a run is older than the setting.
         before, now = saved.get("optimizer_state", "float32"), self.identity["optimizer_state"]
         if before != now:
-            differences.append(f"memory.optimizer: {before} state -> {now} state")
+            wanted = "8bit" if before == "8bit" else "device"
+            differences.append(f"memory.optimizer: {before} state -> {now} state (set memory.optimizer={wanted})")
         before, now = saved.get("frozen_base", "exact"), self.identity["frozen_base"]
         if before != now:
-            differences.append(f"memory.quantized_base: {before} -> {now}")
-        _refuse_differences(self.folder, differences)
+            wanted = "none" if before == "exact" else before
+            differences.append(f"memory.quantized_base: {before} -> {now} (set memory.quantized_base={wanted})")
+        refuse_differences(self.folder, differences)
 
     def train(self, trained: Trained) -> bool:
         """Trains to the end or to a signal; True at the end. Everything but the trained weights is made here."""
@@ -198,6 +143,7 @@ class Run:
         torch.backends.cuda.matmul.allow_tf32 = config.memory.allow_tf32
         set_seed(config.train.seed)
         transformer, memory = trained.transformer, plan.memory
+        self._transformer = transformer
         place_transformer(plan, trained, accelerator.device)
         shared = share_samples(config, plan.facts.num_heads, self.teams)
         backend = self._choose_attention(transformer, shared)
@@ -346,8 +292,15 @@ class Run:
         ways = {"eight_bit": memory.eight_bit, "quantized": memory.quantized}
         write_report(self.folder, self.config, data.train, data.validation, **ways)
 
-    def _averaged_weights(self) -> contextlib.AbstractContextManager[None]:
-        return self._ema.swapped_in() if self._ema is not None else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        if self._ema is None:
+            yield
+            return
+        with self._ema.swapped_in():
+            give_back(self._transformer)
+            yield
+        give_back(self._transformer)
 
     def _make_loader(self, first_step: int) -> DataLoader[Batch]:
         train = self.config.train
@@ -384,10 +337,12 @@ def derive_init_seed(config: RunConfig) -> int:
 
 
 def exit_after_signal(run: Run) -> None:
-    """Says where the run can go on, and ends the process cleanly."""
+    """Says where the run can go on, and ends the process cleanly; to job scripts by the file that they name."""
     accelerator, folder = run.accelerator, run.folder
     if accelerator.is_main_process:
         run.write_report()
+        if mark := os.environ.get("COGTUNE_STOPPED"):
+            Path(mark).touch()
     accelerator.print(f"stopped by a signal; the checkpoint is saved, start the same command again to go on ({folder})")
     accelerator.end_training()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

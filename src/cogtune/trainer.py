@@ -96,7 +96,7 @@ class Trainer:
         self._saved_step = -1
         self._last_save = time.monotonic()
         self._stop = stop or StopRequest()
-        self._gradients_checked = False
+        self._gradients_checked = self._asked = False
         self._pending_flags: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -281,8 +281,10 @@ class Trainer:
         if self._accelerator.num_processes == 1:
             stop, save = self._stop.requested, timed
         else:
-            timed = timed and self._accelerator.is_main_process
-            stop, save, failed = self._exchange(self._stop.requested, timed, failed)
+            # Asked for once: what is sent off now is obeyed after the next step.
+            asked, self._asked = self._asked, timed and not self._asked
+            asks = timed and not asked and self._accelerator.is_main_process
+            stop, save, failed = self._exchange(self._stop.requested, asks, failed)
             stop = stop and not is_last
         if failed:
             self._saver.wait()  # raises, on all ranks
@@ -312,7 +314,7 @@ class Trainer:
         """At the end, and where the run ends on a mistake of the user, what is being saved is completed."""
         try:
             yield
-        except UserError:
+        except (UserError, torch.OutOfMemoryError):
             with contextlib.suppress(UserError):
                 self._saver.wait()
             raise

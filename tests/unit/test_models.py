@@ -236,3 +236,18 @@ def test_damaged_or_incomplete_weights_are_found_without_loading_them(
         weights.write_bytes(changed[damage])
     with pytest.raises(UserError, match=message):
         models.read_facts(folder)
+
+
+def test_each_process_of_a_launch_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert models.choose_device("auto") == torch.device("cuda") and not taken
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert models.choose_device("auto") == torch.device("cuda", 1) and taken == [1]
+    assert models.choose_device("cpu") == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="process 2 of this node has no GPU, there are 2"):
+        models.choose_device("cuda")

@@ -18,6 +18,7 @@ from cogtune.errors import on_failure
 
 _BACKSTOP = timedelta(minutes=5)
 _NEVER = timedelta(days=1)
+_new_store: TCPStore | None = None
 
 
 class WatchedAccelerator(Accelerator):
@@ -59,15 +60,16 @@ def leave_old_store() -> None:
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if attempt == 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
+    global _new_store  # it lives as long as the process
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = PrefixStore(f"cogtune/{attempt}", TCPStore(address, port, is_master=False))
+    old = PrefixStore(f"cogtune/{attempt}", TCPStore(address, port, is_master=False))
     if os.environ["RANK"] == "0":
-        on_one_node = os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
-        with socket.socket() as free:
-            free.bind(("", 0))
-            store.set("store", json.dumps([address if on_one_node else socket.getfqdn(), free.getsockname()[1]]))
-    address, port = json.loads(store.get("store"))
-    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+        with socket.create_connection((address, port)) as route:
+            here = route.getsockname()[0]  # this node as the others of the job reach it
+        _new_store = TCPStore(here, 0, is_master=True, wait_for_workers=False)
+        old.set("store", json.dumps([here, _new_store.port]))
+    address, port = json.loads(old.get("store"))
+    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
 
 
 def join_watch(timeout_seconds: float | None) -> Watch:

@@ -10,11 +10,11 @@ from accelerate.utils import broadcast_object_list, gather_object
 from cogtune.errors import UserError
 
 
-def check_shared_folder(folder: Path, step: int | None) -> None:
+def check_shared_folder(folder: Path, steps: tuple[int, ...]) -> None:
     """Raises `UserError` where ranks found different checkpoints: they would train from different weights."""
-    found = sorted(set(gather_object([(socket.gethostname(), step)])), key=str)
-    if len({step for _, step in found}) > 1:
-        listed = ", ".join(f"{host}: {'none' if step is None else f'step {step}'}" for host, step in found[:8])
+    found = sorted(set(gather_object([(socket.gethostname(), steps)])), key=str)
+    if len({own for _, own in found}) > 1:
+        listed = ", ".join(f"{host}: {f'steps {list(own)}' if own else 'none'}" for host, own in found[:8])
         raise UserError(
             f"output_dir={folder}: the nodes find different checkpoints there ({listed}); put it on a file system that "
             "all nodes share"

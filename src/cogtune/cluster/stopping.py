@@ -4,24 +4,33 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+AGAIN_SECONDS = 1.0
+"""Between a first Ctrl+C and one that is meant."""
 
 
 class StopRequest:
-    """Inside this context the first signal sets `requested`. A second SIGTERM or SIGINT ends the process at once."""
+    """Inside this context the first signal sets `requested`. A SIGINT some time after it ends the process at once.
+
+    Launchers and schedulers repeat what they send, and a launcher that ends sends a SIGTERM of its own.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self._since = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number != signal.SIGUSR1:  # schedulers repeat that one
+        now = time.monotonic()
+        if not self.requested:
+            self.requested, self._since = True, now
+        elif number == signal.SIGINT and now - self._since > AGAIN_SECONDS:
             signal.default_int_handler(number, frame)
-        self.requested = True
 
     def __enter__(self) -> "StopRequest":
         self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}

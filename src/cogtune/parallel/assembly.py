@@ -74,6 +74,10 @@ def make_engine(accelerator: Accelerator, plan: TrainingPlan, trained: Any, mesh
             dtype=plan.dtype,
             initial=trained.initial(),
         )
+    # Every process has read the same frozen weights; DDP would send them once more.
+    frozen = [name for name, p in trained.transformer.named_parameters() if not p.requires_grad]
+    known = getattr(trained.transformer, "_ddp_params_and_buffers_to_ignore", [])
+    trained.transformer._ddp_params_and_buffers_to_ignore = [*known, *frozen]
     # On a CPU each process's device has a number; streamed weights, which are away, would be moved there.
     model = accelerator.prepare_model(trained.transformer, device_placement=device.type != "cpu")
     if plan.memory.eight_bit:

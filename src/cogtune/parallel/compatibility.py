@@ -35,6 +35,9 @@ def check_strategy(config: RunConfig, strategy: Strategy, dtype: torch.dtype, *,
         ),
         "train.ema_decay: DeepSpeed divides float32 weights in a way that an average can't follow; remove it, or take "
         "fsdp2.yaml": strategy.is_deepspeed and train.ema_decay is not None,
+        "checkpoint.asynchronous=on: DeepSpeed's float32 weights are gathered while training waits; set it to auto": (
+            strategy.is_deepspeed and full and config.checkpoint.asynchronous == "on"
+        ),
         "train.trained_weights: not tried with DeepSpeed; remove it, or take fsdp2.yaml": (
             strategy.is_deepspeed and train.trained_weights is not None
         ),

@@ -68,6 +68,13 @@ def shard_transformer(
         module._is_fsdp_managed_module = False
 
 
+def give_back(transformer: nn.Module) -> None:
+    """Lets whole weights go that were gathered from parts, so that what is put into the parts is seen."""
+    for module in transformer.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 class ShardedStepGuard(StepGuard):
     """`StepGuard` where each process holds parts of the gradients, or an adapter's whole ones, not yet averaged."""
 

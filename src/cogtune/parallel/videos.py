@@ -88,11 +88,6 @@ def started_ranks(device: torch.device, num_ranks: int) -> Iterator[torch.device
     if num_ranks == 1:
         yield device
         return
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if device.index >= torch.cuda.device_count():
-            raise UserError(f"process {device.index} of this node has no GPU: it has {torch.cuda.device_count()}")
-        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     yield device
     dist.barrier()

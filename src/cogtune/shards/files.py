@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cogtune.cluster.whereabouts import move
 from cogtune.errors import UserError
 from cogtune.formats.tensors import DTYPE_CODES, SAFETENSORS_DTYPES
 from cogtune.shards.pieces import Piece
@@ -94,6 +95,7 @@ def write_file(folder: Path, file: ShardFile, chunks: Iterable[Tensor]) -> str:
             data = chunk.numpy().data
             out.write(data)
             digest.update(data)
+            move()
         out.flush()
         os.fsync(out.fileno())
     return digest.hexdigest()

@@ -41,6 +41,9 @@ class Snapshot:
 
     def _try_to_allocate(self, files: Sequence[ShardFile]) -> None:
         try:
+            devices = [piece.data.device for file in files for piece in file.pieces if piece.data.is_cuda]
+            if devices:  # a thread begins with the first GPU, and would take memory there
+                torch.cuda.set_device(devices[0])
             self._allocate(files)
         except Exception as error:  # noqa: BLE001  # told by `wait`, on the thread that trains
             self._error = error

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cogtune.cluster.whereabouts import move
 from cogtune.errors import UserError
 from cogtune.formats.tensors import Spec, Tensors
 from cogtune.shards.files import StoredPiece, as_bytes, read_header
@@ -100,6 +101,7 @@ class StoredTensors:
 
 def _read(piece: StoredPiece, begin: int, target: Tensor, itemsize: int) -> None:
     """Bytes from number `begin` on into a host tensor."""
+    move()
     with piece.file.open("rb") as file:
         file.seek(piece.offset + (begin - piece.start) * itemsize)
         if file.readinto(target.numpy().data) != target.numel():

@@ -13,10 +13,11 @@ from torch.distributed.tensor import DTensor
 from cogtune import adapter
 from cogtune.attention import install_attention
 from cogtune.config import AdapterSettings, OptimizerSettings
+from cogtune.ema import Ema
 from cogtune.execution import Activations, configure_blocks
 from cogtune.formats.tensors import hold
 from cogtune.optimization import StepGuard, make_optimizer
-from cogtune.parallel.fully_sharded import ShardedStepGuard, ShardedStore, make_mesh, shard_transformer
+from cogtune.parallel.fully_sharded import ShardedStepGuard, ShardedStore, give_back, make_mesh, shard_transformer
 from cogtune.parallel.strategy import Strategy
 from cogtune.random_pipeline import make_random_transformer
 
@@ -127,3 +128,22 @@ def test_the_guard_clips_and_skips_parts_as_whole_ones(group: None, bad: bool) -
         found = divided.get_parameter(name).full_tensor()
         torch.testing.assert_close(found, parameter, rtol=0, atol=2e-5)
         assert torch.equal(found, fresh[name]) == bad
+
+
+def test_blocks_that_stay_whole_see_averages_that_come_and_go(group: None) -> None:
+    """Without `give_back` a block that keeps its whole weights after a pass would go on computing with them."""
+    whole = Strategy("fsdp2", 1, 1, reshard=False)
+    model = make("sft")
+    shard_transformer(model, whole, make_mesh(whole, DEVICE), DEVICE, torch.float32, full=True)
+    average = Ema(dict(model.named_parameters()), 0.5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.to_local().mul_(1.5)
+
+    before = run(model)[0]  # the backward pass gives all weights back
+    with average.swapped_in(), torch.no_grad():
+        give_back(model)
+        averaged = model(**make_inputs(), return_dict=False)[0]  # the blocks stay whole
+    give_back(model)
+    assert not torch.allclose(averaged, before)
+    assert torch.equal(run(model)[0], before)
