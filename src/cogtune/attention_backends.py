@@ -140,6 +140,28 @@ def measure_backends(
     return found
 
 
+def pick_backend(
+    wanted: Literal["auto"] | Backend,
+    *,
+    batch_size: int,
+    num_heads: int,
+    tokens: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Backend, dict[Backend, BackendTiming]]:
+    """Takes a kernel for the shape, makes it active for the process, and says what was measured for that: on a GPU,
+    unless PyTorch's own choice is wanted."""
+    timings: dict[Backend, BackendTiming] = {}
+    if device.type == "cuda" and wanted != "default":
+        timings = measure_backends(
+            batch_size=batch_size, num_heads=num_heads, tokens=tokens, head_dim=head_dim, dtype=dtype, device=device
+        )
+    backend = choose_backend(wanted, timings)
+    activate(backend)
+    return backend, timings
+
+
 def _measure(
     backend: Backend, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], grad: torch.Tensor, device: torch.device
 ) -> BackendTiming:

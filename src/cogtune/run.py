@@ -16,7 +16,7 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
 from cogtune.attention import install_attention
-from cogtune.attention_backends import Backend, BackendTiming, activate, choose_backend, measure_backends
+from cogtune.attention_backends import Backend, pick_backend
 from cogtune.checkpoint import Checkpoint, CheckpointFolder, find_differences, read_checkpoint
 from cogtune.cluster.accelerator import WatchedAccelerator
 from cogtune.cluster.sharing import check_shared_folder
@@ -239,21 +239,18 @@ class Run:
     def _choose_attention(self, transformer: Any, shared: SharedSample | None) -> Backend:
         """Measures the attention kernels for this run's shape and takes one."""
         plan, config, device = self.plan, self.config, self.accelerator.device
-        timings: dict[Backend, BackendTiming] = {}
         heads, tokens = plan.facts.num_heads, plan.tokens
         if shared is not None:
             heads, tokens = shared.attention_shape(heads, tokens)
-        if device.type == "cuda" and config.train.attention != "default":
-            timings = measure_backends(
-                batch_size=config.train.batch_size,
-                num_heads=heads,
-                tokens=tokens,
-                head_dim=plan.facts.head_dim,
-                dtype=plan.dtype,
-                device=device,
-            )
-        backend = choose_backend(config.train.attention, timings)
-        activate(backend)
+        backend, timings = pick_backend(
+            config.train.attention,
+            batch_size=config.train.batch_size,
+            num_heads=heads,
+            tokens=tokens,
+            head_dim=plan.facts.head_dim,
+            dtype=plan.dtype,
+            device=device,
+        )
         team = None if shared is None else shared.attention
         install_attention(transformer, backend, team, fuse=not plan.strategy.shards_weights)
         measured = ", ".join(f"{name} {1e3 * timing.total:.1f} ms" for name, timing in timings.items())

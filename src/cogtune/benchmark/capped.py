@@ -17,9 +17,8 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 from cogtune.acceleration import accelerate, decide_offload
 from cogtune.adapter import TrainedAdapter, adapter_parameters, add_lora
 from cogtune.attention import install_attention
-from cogtune.attention_backends import activate, choose_backend, measure_backends
 from cogtune.benchmark.autoencoder import make_random_vae
-from cogtune.benchmark.clock import Marks, synchronize
+from cogtune.benchmark.clock import Marks, peak_memory, reset_peak, synchronize
 from cogtune.benchmark.training import TrainingBench
 from cogtune.config import MemorySettings
 from cogtune.eight_bit_adamw import EightBitAdamW, EightBitGuard
@@ -152,7 +151,7 @@ class CappedRun:
             "predicted_gib": rung.total / GIB,
             "host_gib": rung.host / GIB,
             "machine": machine.describe(),
-            **peaks(self.device),
+            **peak_memory(self.device),
         }
 
     def _make_trainer(
@@ -174,18 +173,7 @@ class CappedRun:
         return self.bench.make_trainer(trained, folder, engine=engine, autocast=autocast)
 
     def _install_attention(self, transformer: Any) -> None:
-        timings = {}
-        if self.device.type == "cuda":
-            timings = measure_backends(
-                batch_size=1,
-                num_heads=self.facts.num_heads,
-                tokens=self.bench.tokens,
-                head_dim=self.facts.head_dim,
-                dtype=self.dtype,
-                device=self.device,
-            )
-        backend = choose_backend("auto", timings)
-        activate(backend)
+        backend, _timings = self.bench.pick_backend(self.facts.num_heads, self.bench.tokens)
         install_attention(transformer, backend)
 
     def _generate(self) -> dict[str, Any]:
@@ -227,7 +215,7 @@ class CappedRun:
             "spread": [min(seconds), max(seconds)],
             "predicted_gib": (weights + weight_bytes(pipeline.vae) + workspace) / GIB,
             "host_gib": host / GIB,
-            **peaks(self.device),
+            **peak_memory(self.device),
         }
         release_blocks(transformer)
         reset_peak(self.device)
@@ -235,7 +223,7 @@ class CappedRun:
         decode_latents(pipeline.vae, latents, self.facts.scaling_factor, coder)
         synchronize(self.device)
         in_slabs = coder is not None and coder.in_slabs
-        result["decode"] = {"seconds": time.perf_counter() - started, "in_slabs": in_slabs, **peaks(self.device)}
+        result["decode"] = {"seconds": time.perf_counter() - started, "in_slabs": in_slabs, **peak_memory(self.device)}
         total = result["step_seconds"] * self.task.num_steps + result["decode"]["seconds"] + result["text"]["seconds"]
         return result | {"seconds": total}
 
@@ -266,23 +254,7 @@ class CappedRun:
         synchronize(self.device)
         stream = find_stream(encoder)
         way = "all resident" if stream is None else f"{stream.num_resident} blocks resident, others streamed"
-        return {"seconds": time.perf_counter() - started, "way": way, **peaks(self.device)}
-
-
-def reset_peak(device: torch.device) -> None:
-    """Peaks are counted from here on."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peaks(device: torch.device) -> dict[str, float]:
-    """Largest allocated and reserved memory since then, in GiB; nothing on a CPU."""
-    if device.type != "cuda":
-        return {}
-    allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-    return {"peak_allocated_gib": allocated / GIB, "peak_reserved_gib": reserved / GIB}
+        return {"seconds": time.perf_counter() - started, "way": way, **peak_memory(self.device)}
 
 
 def main() -> None:

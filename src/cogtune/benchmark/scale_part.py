@@ -18,7 +18,6 @@ import torch
 
 from cogtune.adapter import TrainedAdapter, add_lora
 from cogtune.attention import install_attention
-from cogtune.attention_backends import activate, choose_backend, measure_backends
 from cogtune.benchmark.clock import peak_memory, reset_peak
 from cogtune.benchmark.training import TrainingBench
 from cogtune.execution import configure_blocks
@@ -148,18 +147,7 @@ class Part:
         return choose_rung(rungs, self.config.memory, total, None)
 
     def _install_attention(self, transformer: Any) -> None:
-        timings = {}
-        if self.device.type == "cuda":
-            timings = measure_backends(
-                batch_size=self.task.batch_size,
-                num_heads=self.facts.num_heads,
-                tokens=self.bench.tokens,
-                head_dim=self.facts.head_dim,
-                dtype=self.dtype,
-                device=self.device,
-            )
-        backend = choose_backend("auto", timings)
-        activate(backend)
+        backend, _timings = self.bench.pick_backend(self.facts.num_heads, self.bench.tokens)
         install_attention(transformer, backend, fuse=not self.strategy.shards_weights)
 
     def _clear(self) -> None:

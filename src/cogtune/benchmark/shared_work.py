@@ -16,7 +16,6 @@ from diffusers import CogVideoXDDIMScheduler
 from cogtune.acceleration import accelerate
 from cogtune.adapter import TrainedAdapter
 from cogtune.attention import FusedAttention
-from cogtune.attention_backends import choose_backend, measure_backends
 from cogtune.benchmark.clock import Marks, peak_memory, reset_peak, synchronize
 from cogtune.benchmark.context import ALONE, parse_part
 from cogtune.benchmark.kernels import describe_profile, profile_steps
@@ -25,7 +24,6 @@ from cogtune.benchmark.variants import parse_variant, prepare_transformer
 from cogtune.generation import generate_latents, make_pipeline
 from cogtune.machine import avoid_fragments
 from cogtune.models import choose_device, choose_dtype
-from cogtune.optimization import StepGuard, make_optimizer
 from cogtune.parallel.ranks import Teams
 from cogtune.parallel.sequence import Way
 from cogtune.parallel.shared_samples import share_samples
@@ -51,12 +49,7 @@ def measure_training(task: argparse.Namespace, model: str, way: str, count: int)
     heads, tokens = facts.num_heads, bench.tokens
     if shared is not None:
         heads, tokens = shared.attention_shape(heads, tokens)
-    timings = {}
-    if device.type == "cuda":
-        timings = measure_backends(
-            batch_size=1, num_heads=heads, tokens=tokens, head_dim=facts.head_dim, dtype=bench.dtype, device=device
-        )
-    backend = choose_backend("auto", timings)
+    backend, timings = bench.pick_backend(heads, tokens)
     variant = parse_variant(task.activations + ("" if task.compile == "on" else "+eager"))
     prepare_transformer(transformer, variant, bench.config.adapter, backend, shared=shared is not None)
     if shared is not None:
@@ -65,16 +58,7 @@ def measure_training(task: argparse.Namespace, model: str, way: str, count: int)
         shared.split(transformer)
     with tempfile.TemporaryDirectory() as folder:
         trained = TrainedAdapter(transformer, "")
-        trainer = bench.make_trainer(
-            trained,
-            Path(folder),
-            engine=bench.make_engine(
-                trained,
-                make_optimizer(list(trained.parameters().values()), bench.config.optimizer),
-                StepGuard(device, use_loss_scale=bench.dtype == torch.float16, max_grad_norm=1.0),
-            ),
-            autocast=False,
-        )
+        trainer = bench.make_adapter_trainer(trained, Path(folder))
         batches = iter(bench.make_loader(Path(folder)))
         reset_peak(device)
         recent = Recent()

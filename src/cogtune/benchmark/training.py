@@ -18,9 +18,9 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from cogtune.adapter import TrainedAdapter
-from cogtune.attention_backends import SDPA_BACKENDS, BackendTiming, choose_backend
+from cogtune.attention_backends import SDPA_BACKENDS, Backend, BackendTiming, choose_backend, pick_backend
 from cogtune.benchmark.ceilings import StepShape, describe_ceilings, measure_ceilings, peak_flops
-from cogtune.benchmark.clock import attempt
+from cogtune.benchmark.clock import attempt, peak_memory
 from cogtune.benchmark.images import make_random_image, make_random_image_encoder, time_image_encoding
 from cogtune.benchmark.kernels import describe_profile, profile_steps
 from cogtune.benchmark.numerics import check_variants, describe_check
@@ -164,16 +164,8 @@ class TrainingBench:
         result: dict[str, Any] = {"build_seconds": time.perf_counter() - started, "attention": backend}
         with tempfile.TemporaryDirectory() as folder:
             trained = TrainedAdapter(transformer, "")
-            trainer = self.make_trainer(
-                trained,
-                Path(folder),
-                engine=self.make_engine(
-                    trained,
-                    make_optimizer(list(trained.parameters().values()), self.config.optimizer),
-                    StepGuard(self.device, use_loss_scale=self.dtype == torch.float16, max_grad_norm=1.0),
-                ),
-                autocast=variant.is_baseline and self.dtype != torch.float32,
-            )
+            autocast = variant.is_baseline and self.dtype != torch.float32
+            trainer = self.make_adapter_trainer(trained, Path(folder), autocast=autocast)
             batches = iter(self.make_loader(Path(folder)))
             result |= self._time_steps(trainer, batches, started)
             profiled = attempt(  # the times stand without it
@@ -216,10 +208,7 @@ class TrainingBench:
             "loss": float(recent.samples[-1][1].mean()),
             "compiled_again": torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs,
         }
-        if device.type == "cuda":
-            result["peak_allocated_gib"] = torch.cuda.max_memory_allocated(device) / GIB
-            result["peak_reserved_gib"] = torch.cuda.max_memory_reserved(device) / GIB
-        return result
+        return result | peak_memory(device)
 
     def time_each(
         self, trainer: Trainer, batches: Iterator[Batch], num_steps: int, recent: Recent | None = None
@@ -262,6 +251,25 @@ class TrainingBench:
             "mfu": model / seconds / peak if peak else None,
             "floor_seconds": self.ceilings["floor_seconds"]["total"],
         }
+
+    def pick_backend(self, heads: int, tokens: int) -> tuple[Backend, dict[Backend, BackendTiming]]:
+        """The attention kernel of a run of that shape, as a run takes it, and what was measured."""
+        return pick_backend(
+            "auto",
+            batch_size=self.arguments.batch_size,
+            num_heads=heads,
+            tokens=tokens,
+            head_dim=self.facts.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def make_adapter_trainer(self, trained: TrainedAdapter, folder: Path, *, autocast: bool = False) -> Trainer:
+        """The loop around an adapter with float32 AdamW; DDP in a launch."""
+        optimizer = make_optimizer(list(trained.parameters().values()), self.config.optimizer)
+        guard = StepGuard(self.device, use_loss_scale=self.dtype == torch.float16, max_grad_norm=1.0)
+        engine = self.make_engine(trained, optimizer, guard)
+        return self.make_trainer(trained, folder, engine=engine, autocast=autocast)
 
     def make_engine(self, trained: Trained, optimizer: torch.optim.Optimizer, guard: Guard) -> Engine:
         """The loop's engine on this device alone; DDP in a launch."""

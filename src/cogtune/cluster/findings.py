@@ -2,7 +2,7 @@
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -186,24 +186,26 @@ def _links(ranks: Sequence[Facts]) -> Iterable[Finding]:
     leaders = {facts["number"]: facts for facts in ranks if facts.get("speed", {}).get("pairs")}
     best = {number: max(facts["speed"]["pairs"].values()) for number, facts in leaders.items()}
     if len(best) > 2:  # of two nodes, neither can be named
-        usual = statistics.median_high(best.values())
-        for number, speed in best.items():
-            if speed < SLOW * usual:
-                yield Finding(
-                    "error",
-                    f"node {leaders[number]['node']} exchanges at most {speed:.2f} GB/s with any other, the others "
-                    f"{usual:.2f}; look at its network cards and cables (NCCL_DEBUG=INFO), or leave it out",
-                )
+        for number, speed, usual in _find_slow(best):
+            yield Finding(
+                "error",
+                f"node {leaders[number]['node']} exchanges at most {speed:.2f} GB/s with any other, the others "
+                f"{usual:.2f}; look at its network cards and cables (NCCL_DEBUG=INFO), or leave it out",
+            )
     inside = {facts["node"]: facts["speed"]["node"] for facts in ranks if facts.get("speed", {}).get("node")}
     if len(inside) > 1:
-        usual = statistics.median_high(inside.values())
-        for node, speed in inside.items():
-            if speed < SLOW * usual:
-                yield Finding(
-                    "error",
-                    f"node {node} reduces among its own GPUs at {speed:.2f} GB/s, the others at {usual:.2f}; look at "
-                    "its NVLink (nvidia-smi nvlink --status), or leave it out",
-                )
+        for node, speed, usual in _find_slow(inside):
+            yield Finding(
+                "error",
+                f"node {node} reduces among its own GPUs at {speed:.2f} GB/s, the others at {usual:.2f}; look at "
+                "its NVLink (nvidia-smi nvlink --status), or leave it out",
+            )
+
+
+def _find_slow(speeds: Mapping[Any, float]) -> Iterator[tuple[Any, float, float]]:
+    """Who is far slower than usual, with both speeds."""
+    usual = statistics.median_high(speeds.values())
+    return ((who, speed, usual) for who, speed in speeds.items() if speed < SLOW * usual)
 
 
 def make_table(ranks: Sequence[Facts]) -> str:

@@ -2,10 +2,9 @@
 
 from cogtune.config import CheckpointSettings
 from cogtune.errors import UserError
+from cogtune.ladder import HOST_MARGIN
 from cogtune.memory import EIGHT_BIT_STATE_BYTES
 
-HOST_SHARE = 0.9
-"""Of the free host memory: what the copy may fill, with all else that waits there."""
 _GB = 1e9
 
 
@@ -21,7 +20,7 @@ def decide_asynchronous(
 
     Raises `UserError` where it is asked for and doesn't fit.
     """
-    fits = free_host is None or num_bytes + other_bytes <= HOST_SHARE * free_host
+    fits = free_host is None or num_bytes + other_bytes <= HOST_MARGIN * free_host
     if settings.asynchronous == "on" and not fits:
         raise UserError(
             f"checkpoint.asynchronous=on: takes {num_bytes / _GB:.1f} GB of host memory for each process beside "
