@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def make_job(clips_folder: Path, tmp_path: Path) -> Callable[..., Path]:
     """Writes the config of a short run: `make_job(model_folder, train={"max_steps": 2})`."""
 
-    def make(model: Path, **sections: dict[str, Any]) -> Path:
+    def make(model: Path, /, **sections: dict[str, Any]) -> Path:
         values: dict[str, Any] = {
             "model": {"path": str(model)},
             "data": {"manifest": str(clips_folder), "cache_dir": str(tmp_path / "cache"), "validation_clips": 1},

@@ -44,7 +44,8 @@ def test_doctor_measures_gpus_and_links(num: int, tmp_path: Path) -> None:
     output, _ = (process := launch(num, "scripts/doctor.py", f"--folder={tmp_path}")).communicate(timeout=150)
     assert process.returncode in (0, 1), output  # 1: it found something, such as another program on the GPU
     name = torch.cuda.get_device_properties(0).name
-    assert output.count(name) >= num and "NCCL" in output and "Traceback" not in output.split("ChildFailedError")[0]
+    # The launcher has a traceback of its own where the doctor ends with 1.
+    assert output.count(name) >= num and "NCCL" in output and 'doctor.py", line' not in output, output
     rows = [line.split() for line in output.splitlines() if name in line and re.match(r"\d+ ", line)]
     assert len(rows) == num
     if num > 1:

@@ -55,7 +55,7 @@ class Snapshot:
             return
         self._buffers = []  # before the new ones are taken
         for size in sizes:
-            self._buffers.append(HostBuffer(size, page_locked=page_locked, touched=True))
+            self._buffers.append(HostBuffer(size, page_locked=page_locked))
         self._sizes, self._page_locked = sizes, page_locked
 
     @torch.no_grad()

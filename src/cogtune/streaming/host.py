@@ -3,6 +3,7 @@
 PyTorch's own page-locked allocator rounds up to powers of two: a block of 264 MB would take 512.
 """
 
+import mmap
 import os
 import weakref
 from typing import Any
@@ -16,12 +17,11 @@ from cogtune.errors import UserError
 class HostBuffer:
     """`num_bytes` of host memory as a uint8 tensor, page-locked where a GPU is to copy from it."""
 
-    def __init__(self, num_bytes: int, *, page_locked: bool, touched: bool = False) -> None:
-        """`touched`: take the pages before they are locked, which is slow and then doesn't hold the driver up."""
+    def __init__(self, num_bytes: int, *, page_locked: bool) -> None:
         self.bytes: Tensor = torch.empty(num_bytes, dtype=torch.uint8)
-        if touched:
-            self.bytes.zero_()
         if page_locked and num_bytes:
+            # Takes the pages. The driver, left to do it, takes three times as long and holds up the GPU meanwhile.
+            self.bytes[:: mmap.PAGESIZE].zero_()
             runtime: Any = torch.cuda.cudart()
             address = self.bytes.data_ptr()
             code = int(runtime.cudaHostRegister(address, num_bytes, 0))
