@@ -97,6 +97,9 @@ class OptimizerSettings(Section):
     """Decoupled weight decay."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Gradients are scaled down to this global norm; null: never."""
+    lora_plus_ratio: Annotated[float, Field(gt=0)] = 1.0
+    """Learning rate of a LoRA's up matrices (B) as a multiple of `learning_rate`, which is that of the others (LoRA+,
+    arXiv:2402.12354)."""
 
 
 class ScheduleSettings(Section):

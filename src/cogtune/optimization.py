@@ -5,6 +5,8 @@ skips its update where the guard says so. The host learns of it at the next logg
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -15,7 +17,27 @@ SCALE_GROWTH_STEPS = 2000
 MAX_OVERFLOWS_IN_A_ROW = 20
 
 
-def make_optimizer(parameters: list[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.AdamW:
+def group_parameters(
+    parameters: Mapping[str, torch.nn.Parameter], settings: OptimizerSettings
+) -> list[dict[str, Any]] | list[torch.nn.Parameter]:
+    """Parameters for `make_optimizer`: one group for each learning rate, with its `ratio` to the schedule's."""
+    if settings.lora_plus_ratio == 1.0:
+        return list(parameters.values())
+    groups: dict[bool, list[torch.nn.Parameter]] = {False: [], True: []}
+    for name, parameter in parameters.items():
+        groups[".lora_B." in name].append(parameter)
+    return [{"params": groups[False], "ratio": 1.0}, {"params": groups[True], "ratio": settings.lora_plus_ratio}]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Gives each group its part of the schedule's rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("ratio", 1.0)
+
+
+def make_optimizer(
+    parameters: list[dict[str, Any]] | list[torch.nn.Parameter], settings: OptimizerSettings
+) -> torch.optim.AdamW:
     """Float32 AdamW; the fused kernel is also what can skip a step on the device."""
     return torch.optim.AdamW(
         parameters,

@@ -29,7 +29,9 @@ def list_optimizer_ways(config: RunConfig, dtype: torch.dtype, free_bytes: int |
 
 def check_optimizer(config: RunConfig, dtype: torch.dtype, *, full: bool) -> None:
     """Raises `UserError` where what memory.optimizer asks for can't be."""
-    memory = config.memory
+    memory, ratio = config.memory, config.optimizer.lora_plus_ratio
+    if full and ratio != 1.0:
+        raise UserError(f"optimizer.lora_plus_ratio={ratio}: full fine-tuning (train/sft.py) has no LoRA; remove it")
     asked = f"memory.optimizer={memory.optimizer}"
     if memory.allow_8bit_optimizer and (memory.optimizer != "auto" or not full):
         why = f"has no effect beside {asked}" if full else "it is for full fine-tuning (train/sft.py)"

@@ -27,7 +27,7 @@ from cogtune.ema import Ema
 from cogtune.errors import UserError
 from cogtune.formats.tensors import Tensors
 from cogtune.memory import GIB
-from cogtune.optimization import learning_rate_at
+from cogtune.optimization import learning_rate_at, set_learning_rate
 from cogtune.parallel.engine import Engine
 from cogtune.recorded_pass import RecordedPass
 from cogtune.saving import Saved, Saver
@@ -152,8 +152,7 @@ class Trainer:
         """One optimizer step over all micro-batches; returns the gradient norm on the device."""
         train, accelerator = self._config.train, self._accelerator
         rate = learning_rate_at(self.step, train.max_steps, self._config.optimizer.learning_rate, self._config.schedule)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(self._optimizer, rate)
         for micro in range(train.gradient_accumulation_steps):
             asked = time.perf_counter()
             enter("waiting for data", self.step + 1)

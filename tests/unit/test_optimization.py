@@ -11,8 +11,10 @@ from cogtune.optimization import (
     MAX_OVERFLOWS_IN_A_ROW,
     SCALE_GROWTH_STEPS,
     StepGuard,
+    group_parameters,
     learning_rate_at,
     make_optimizer,
+    set_learning_rate,
 )
 
 CPU = torch.device("cpu")
@@ -78,6 +80,25 @@ def values(parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
 
 def equal(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+
+def test_lora_plus_trains_the_up_matrices_at_their_own_rate() -> None:
+    """Equal to two optimizers of their own, through a warm-up and a decay."""
+    settings = OptimizerSettings(learning_rate=0.01, weight_decay=0.1, lora_plus_ratio=16.0)
+    names = ["to_q.lora_A.default.weight", "to_q.lora_B.default.weight", "to_q.lora_magnitude_vector.default.weight"]
+    ours, theirs = make_parameters(), make_parameters()
+    optimizer = make_optimizer(group_parameters(dict(zip(names, ours, strict=True)), settings), settings)
+    others = [make_optimizer(part, settings) for part in ([theirs[0], theirs[2]], [theirs[1]])]
+    for seed, rate in enumerate((0.005, 0.01, 0.004)):
+        set_gradients(ours, seed)
+        set_gradients(theirs, seed)
+        set_learning_rate(optimizer, rate)
+        assert optimizer.param_groups[0]["lr"] == rate  # what the metrics show
+        optimizer.step()
+        for other, ratio in zip(others, (1.0, 16.0), strict=True):
+            set_learning_rate(other, ratio * rate)
+            other.step()
+    assert equal(values(ours), values(theirs))
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 1000.0, None])

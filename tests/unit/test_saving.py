@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from cogtune.config import OptimizerSettings
 from cogtune.errors import UserError
 from cogtune.formats.tensors import open_safetensors
-from cogtune.optimization import make_optimizer
+from cogtune.optimization import group_parameters, make_optimizer
 from cogtune.saving import OPTIMIZER, DeviceStore
 
 
@@ -21,13 +21,14 @@ def load(store: DeviceStore, folder: Path) -> None:
     store.write_optimizer(open_safetensors(folder / OPTIMIZER))
 
 
-def make_training(seed: int) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
+def make_training(seed: int, ratio: float = 1.0) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
     generator = torch.Generator().manual_seed(seed)
     parameters = {
-        f"blocks.{i}.to_out.0.lora_A.weight": torch.nn.Parameter(torch.randn(3, 4, generator=generator))
+        f"blocks.{i}.to_out.0.lora_{'BA'[i % 2]}.weight": torch.nn.Parameter(torch.randn(3, 4, generator=generator))
         for i in range(3)
     }
-    return parameters, make_optimizer(list(parameters.values()), OptimizerSettings(learning_rate=0.01))
+    settings = OptimizerSettings(learning_rate=0.01, lora_plus_ratio=ratio)
+    return parameters, make_optimizer(group_parameters(parameters, settings), settings)
 
 
 def run_steps(parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, steps: range) -> None:
@@ -38,11 +39,12 @@ def run_steps(parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.
         optimizer.step()
 
 
-def test_the_optimizer_comes_back_exactly(tmp_path: Path) -> None:
-    straight, optimizer = make_training(0)
+@pytest.mark.parametrize("ratio", [1.0, 16.0])
+def test_the_optimizer_comes_back_exactly(ratio: float, tmp_path: Path) -> None:
+    straight, optimizer = make_training(0, ratio)
     run_steps(straight, optimizer, range(3))
     save(DeviceStore(straight, optimizer), tmp_path)
-    resumed, fresh = make_training(1)
+    resumed, fresh = make_training(1, ratio)
     with torch.no_grad():
         for name, parameter in resumed.items():
             parameter.copy_(straight[name])

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from cogtune.eight_bit_adamw import EightBitAdamW, EightBitGuard
 from cogtune.frozen import encode_base, encode_block, quantize_base, quantize_block
 from cogtune.host_training import HostAdamW, HostStepGuard
-from cogtune.optimization import StepGuard, make_optimizer
+from cogtune.optimization import StepGuard, group_parameters, make_optimizer
 from cogtune.parallel.deepspeed_engine import make_deepspeed_engine
 from cogtune.parallel.engine import Engine, Guard, make_replicated_engine
 from cogtune.parallel.fully_sharded import (
@@ -60,7 +60,7 @@ def make_engine(accelerator: Accelerator, plan: TrainingPlan, trained: Any, mesh
     use_scale = plan.dtype == torch.float16
     parameters = trained.parameters()
     if mesh is not None:
-        optimizer = make_optimizer(list(parameters.values()), settings)
+        optimizer = make_optimizer(group_parameters(parameters, settings), settings)
         sharded = ShardedStepGuard(device, mesh, use_loss_scale=use_scale, max_grad_norm=settings.max_grad_norm)
         store = ShardedStore(parameters, optimizer, is_main=is_main)
         return make_sharded_engine(accelerator, trained.transformer, optimizer, sharded, store)
@@ -89,7 +89,7 @@ def make_engine(accelerator: Accelerator, plan: TrainingPlan, trained: Any, mesh
         optimizer = HostAdamW(trained.host, settings)
         guard = HostStepGuard(trained.host, optimizer, max_grad_norm=settings.max_grad_norm)
     else:
-        optimizer = make_optimizer(list(parameters.values()), settings)
+        optimizer = make_optimizer(group_parameters(parameters, settings), settings)
         guard = StepGuard(device, use_loss_scale=use_scale, max_grad_norm=settings.max_grad_norm)
     store = DeviceStore(parameters, optimizer, host=trained.host, is_main=is_main)
     return make_replicated_engine(accelerator, model, optimizer, guard, store)

@@ -33,6 +33,8 @@ def check_strategy(config: RunConfig, strategy: Strategy, dtype: torch.dtype, *,
         "train.cuda_graph=true: hooks around the blocks can't be recorded; set it to false": (
             divided and train.cuda_graph
         ),
+        f"optimizer.lora_plus_ratio={config.optimizer.lora_plus_ratio}: one learning rate only; remove it, or take "
+        "fsdp2.yaml": strategy.is_deepspeed and config.optimizer.lora_plus_ratio != 1.0,
         "train.ema_decay: DeepSpeed divides float32 weights in a way that an average can't follow; remove it, or take "
         "fsdp2.yaml": strategy.is_deepspeed and train.ema_decay is not None,
         "checkpoint.asynchronous=on: DeepSpeed's float32 weights are gathered while training waits; set it to auto": (

@@ -37,7 +37,9 @@ def test_an_optimizer_elsewhere_is_refused_in_full_fine_tuning() -> None:
 def test_what_deepspeed_rounds_or_divides_otherwise() -> None:
     averaged = RunConfig.model_validate({"train": {"ema_decay": 0.9}})
     decomposed = RunConfig.model_validate({"adapter": {"use_dora": True}})
-    for config, name in ((averaged, "train.ema_decay"), (decomposed, "adapter.use_dora")):
+    two_rates = RunConfig.model_validate({"optimizer": {"lora_plus_ratio": 16}})
+    refused = {"train.ema_decay": averaged, "adapter.use_dora": decomposed, "optimizer.lora_plus_ratio=16": two_rates}
+    for name, config in refused.items():
         with pytest.raises(UserError, match=name):
             check_strategy(config, ZERO2, torch.bfloat16, full=False)
         check_strategy(config, FSDP2, torch.bfloat16, full=False)
