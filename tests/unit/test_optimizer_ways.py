@@ -95,6 +95,6 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_lora_plus_is_for_lora() -> None:
     config = RunConfig.model_validate({"optimizer": {"lora_plus_ratio": 4}})
-    with pytest.raises(UserError, match="full fine-tuning .* has no LoRA; remove it"):
+    with pytest.raises(UserError, match=r"full fine-tuning .* has no LoRA; remove it"):
         check_optimizer(config, torch.bfloat16, full=True)
     check_optimizer(config, torch.bfloat16, full=False)
