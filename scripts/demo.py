@@ -15,7 +15,7 @@ from pathlib import Path
 from cogtune.cli import CommandParser
 from cogtune.errors import UserError, run_command
 from cogtune.models import choose_device
-from cogtune.shapes.demonstration import format_rows, run_step, score_adapter
+from cogtune.shapes.demonstration import format_rows, run_step, score_adapter, training_precision
 from cogtune.shapes.scoring import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
 
 FOLDER, CONFIG = Path("runs/demo"), "configs/demo.yaml"
@@ -43,10 +43,10 @@ def main() -> None:
     )  # fmt: skip
     run_step("data/make_shapes.py", "--out", str(FOLDER / "held_out"), "--split", "concept_held_out", "--count", "6")
     run_step("data/check.py", "--config", CONFIG)
-    run_step("data/prepare.py", "--config", CONFIG)
-    run_step(
-        "train/lora.py", "--config", CONFIG, *([f"--train.max_steps={arguments.steps}"] if arguments.steps else [])
-    )
+    precision = f"--model.dtype={training_precision()}"
+    run_step("data/prepare.py", "--config", CONFIG, precision)
+    steps = [f"--train.max_steps={arguments.steps}"] if arguments.steps else []
+    run_step("train/lora.py", "--config", CONFIG, precision, *steps)
     final, video = FOLDER / "run/final", FOLDER / "out.mp4"
     run_step(
         "scripts/generate.py", "--model", "tiny", "--lora", str(final), "--prompt", PROMPT, "--output", str(video),

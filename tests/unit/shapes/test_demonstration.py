@@ -10,7 +10,7 @@ import torch
 from cogtune.errors import UserError
 from cogtune.shapes import demonstration
 from cogtune.shapes.captions import base_prompts, concept_prompts
-from cogtune.shapes.demonstration import Row, format_rows, pick_evenly, run_step, score_adapter
+from cogtune.shapes.demonstration import Row, format_rows, pick_evenly, run_step, score_adapter, training_precision
 from cogtune.shapes.scoring import Scores
 
 
@@ -60,3 +60,22 @@ def test_a_failed_step_ends_the_demo(tmp_path: Path, capfd: pytest.CaptureFixtur
     with pytest.raises(UserError, match=r"fails\.py failed; its message is above"):
         run_step(str(script), "--name", "two words")
     assert f"$ python {script} --name 'two words'" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [({"avx512_bf16": True}, "bfloat16"), ({"amx_bf16": True}, "bfloat16"), ({"avx512_bf16": False}, "auto")],
+)
+def test_bfloat16_is_for_processors_that_have_it(
+    found: dict[str, bool], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert training_precision() == expected
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert training_precision() == "auto"
+
+
+def test_older_torch_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert training_precision() == "auto"
