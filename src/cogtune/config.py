@@ -176,6 +176,11 @@ class MemorySettings(Section):
     just in time. The same result; auto: as many as fit (docs/memory.md)."""
     offloaded_blocks: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Blocks whose kept activations wait in host memory for the backward pass; the same result. auto: as is fastest."""
+    lean_blocks: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """Blocks that keep less than `mode` says, one step down in this order: keep_all, keep_products, keep_attention,
+    recompute; the same result. auto: as is fastest."""
+    leaving_blocks: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Offloaded blocks whose activations may be on their way when another block begins; more memory, less waiting."""
     quantized_base: Literal["auto", "none", "int8", "nf4"] = "auto"
     """Keep the frozen linear weights of the transformer's blocks in 8 or 4 bits and decode them for each product: less
     memory, and half or a third to copy where blocks are streamed, but another result (docs/memory.md). LoRA only. auto:

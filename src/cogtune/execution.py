@@ -1,25 +1,22 @@
 """How the transformer's blocks run: compiled or not, and which activations the backward pass finds in memory.
 
-    keep_all         what the compiler thinks best is kept, without a limit; not compiled: everything
-    keep_products    outputs of attention and of matrix products are kept; norms, gates and GELU are computed again
-    keep_attention   attention outputs are kept, the rest of a block is recomputed from its input
-    recompute        whole blocks are recomputed from their inputs: least memory
+What there is to keep, and which block keeps what, is `arrangement`'s. What comes from other ranks (`parallel`) is kept
+by all of them: no message is sent twice, and those of the backward pass depend on each other, so that all ranks send
+them in one order.
 
-What comes from other ranks (`parallel`) is kept by all of them: no message is sent twice, and those of the backward
-pass depend on each other, so that all ranks send them in one order.
-
-None of them changes a result; the blocks are compiled one by one, so that all share one compiled graph.
+None of it changes a result; the blocks are compiled one by one, and those that keep the same share one graph.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from cogtune.arrangement import Activations, arrange, keep_less
 from cogtune.parallel.exchange import exchange
 from cogtune.parallel.ring import ring_attention
 from cogtune.streaming.activations import ActivationOffload
@@ -28,7 +25,6 @@ from cogtune.streaming.gradients import GradientStream
 from cogtune.streaming.passes import pass_through
 
 _GRAPHS_OF_A_SHAPE = 4  # past the limit, the compiler gives up without a word and the blocks run uncompiled
-Activations = Literal["keep_all", "keep_products", "keep_attention", "recompute"]
 
 _ATTENTION_OPS = frozenset(
     {
@@ -66,64 +62,73 @@ def configure_blocks(
     compiled: bool,
     has_dropout: bool,
     compiler: str = "inductor",
+    num_lean: int = 0,
     num_offloaded: int = 0,
+    num_leaving: int = 1,
     gradients: GradientStream | None = None,
     hooked: bool = False,
     shared: bool = False,
 ) -> None:
     """Sets up checkpointing and compilation of every block, in place; streamed weights are streamed in both passes.
 
-    What `num_offloaded` of the blocks keep for the backward pass waits in host memory. `gradients` takes each trained
+    `num_lean` of the blocks keep less than the others. What `num_offloaded` of them keep for the backward pass waits in
+    host memory; of `num_leaving` the copies may still be under way when a block begins. `gradients` takes each trained
     block's away when they are there. `hooked`: the blocks have hooks that gather their weights (`parallel`). `shared`:
     the ranks of a team have parts of the tokens.
     """
-    if hooked:
-        assert not num_offloaded and gradients is None and find_stream(transformer) is None
-        run_block = _make_runner(activations, has_dropout=has_dropout, shared=shared, call=CogVideoXBlock.forward)
-        _configure_hooked(transformer, run_block, compiled=compiled, compiler=compiler)
-        return
-    run_block = _make_runner(activations, has_dropout=has_dropout, shared=shared)
+    blocks = list(transformer.transformer_blocks.children())
+    arrangement = arrange(len(blocks), num_lean=num_lean, num_offloaded=num_offloaded)
+    call = CogVideoXBlock.forward if hooked else _call
     if compiled:
         # A block is one piece: cut at DDP's buckets, as is the default, its checkpoint would fall apart, or be refused.
         torch._dynamo.config.optimize_ddp = False
-        # The checkpoint lies inside the compiled region: only there can attention outputs be kept apart.
-        run_block = torch.compile(run_block, dynamic=False, fullgraph=True, backend=compiler)
-        for block in transformer.transformer_blocks:
-            block.compile(dynamic=False, backend=compiler)
 
-    blocks = list(transformer.transformer_blocks.children())
+    def make(way: Activations) -> Callable[..., Any]:
+        run_block = _make_runner(way, has_dropout=has_dropout, shared=shared, call=call)
+        # The checkpoint lies inside the compiled region: only there can attention outputs be kept apart.
+        return torch.compile(run_block, dynamic=False, fullgraph=True, backend=compiler) if compiled else run_block
+
+    rich, less = make(activations), keep_less(activations) if num_lean else None
+    assert less is not None or not num_lean, "nothing keeps less than recompute"
+    lean = rich if less is None else make(less)
+    runners = [lean if number in arrangement.lean else rich for number in range(len(blocks))]
+    if hooked:
+        assert not num_offloaded and gradients is None and find_stream(transformer) is None
+        _configure_hooked(transformer, runners, compiler=compiler if compiled else None)
+        return
+    for block in blocks if compiled else ():
+        block.compile(dynamic=False, backend=compiler)
     numbers = {id(block): number for number, block in enumerate(blocks)}
     stream = find_stream(transformer)
     offload = None
     if num_offloaded:
         weights = [*transformer.parameters(), *transformer.buffers()]
-        offload = ActivationOffload(len(blocks), num_offloaded, weights[0].device, weights)
+        offload = ActivationOffload(arrangement.offloaded, weights[0].device, weights, num_leaving=num_leaving)
 
     def run(block: torch.nn.Module, hidden_states: torch.Tensor, text: torch.Tensor, *rest: Any) -> Any:
         inputs = _like_an_output(hidden_states), _like_an_output(text)
-        if stream is None and offload is None and gradients is None:
-            return run_block(block, *inputs, *rest)
-        this_block = partial(run_block, block)
         number = numbers[id(block)]
+        if stream is None and offload is None and gradients is None:
+            return runners[number](block, *inputs, *rest)
+        this_block = partial(runners[number], block)
         return pass_through(this_block, number, *inputs, *rest, stream=stream, offload=offload, gradients=gradients)
 
     transformer.enable_gradient_checkpointing(run)
 
 
 def _configure_hooked(
-    transformer: CogVideoXTransformer3DModel, run_block: Callable[..., Any], *, compiled: bool, compiler: str
+    transformer: CogVideoXTransformer3DModel, runners: list[Callable[..., Any]], *, compiler: str | None
 ) -> None:
     """The same for blocks whose calls have hooks: what is compiled and recomputed lies inside of them."""
     sample_block: Callable[..., Any] = CogVideoXBlock.forward
-    if compiled:
-        run_block = torch.compile(run_block, dynamic=False, fullgraph=True, backend=compiler)
+    if compiler is not None:
         sample_block = torch.compile(sample_block, dynamic=False, backend=compiler)
 
-    def forward(block: torch.nn.Module, *inputs: Any, **named: Any) -> Any:
+    def forward(run_block: Callable[..., Any], block: torch.nn.Module, *inputs: Any, **named: Any) -> Any:
         return (run_block if torch.is_grad_enabled() else sample_block)(block, *inputs, **named)
 
-    for block in transformer.transformer_blocks:
-        block.forward = partial(forward, block)
+    for block, run_block in zip(transformer.transformer_blocks, runners, strict=True):
+        block.forward = partial(forward, run_block, block)
 
     def run(block: torch.nn.Module, hidden_states: torch.Tensor, text: torch.Tensor, *rest: Any) -> Any:
         return block(_like_an_output(hidden_states), _like_an_output(text), *rest)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from cogtune.arrangement import Activations, keep_less
 from cogtune.eight_bit import BLOCK
 from cogtune.eight_bit_adamw import CHUNK
 from cogtune.ema import CHUNK_NUMBERS
-from cogtune.execution import Activations
 from cogtune.models import ModelFacts
 from cogtune.parallel.footprint import Sizes, count_footprint
 from cogtune.parallel.strategy import Strategy
@@ -27,7 +27,7 @@ KEPT_UNITS: dict[Activations, float] = {
     "recompute": 1.0,
     "keep_attention": 1.9,
     "keep_products": 9.75,
-    "keep_all": 14.0,
+    "keep_all": 13.3,
 }
 """Activation tensors kept for each block until its backward pass.
 
@@ -36,14 +36,16 @@ product (4), and the low-rank products.
 
 Fitted, with the workspace, to peaks on an H100 with compiled blocks, rank 64, batch 1, 17,776 tokens: 5B in bfloat16
 17.74 GiB (recompute), 21.70 (keep_attention), 55.38 (keep_products) and 72.07 (keep_all), 2B in float16 7.19
-(recompute) and 31.7 (keep_all). All come out within 3 %. Blocks that are not compiled keep more.
+(recompute) and 31.7 (keep_all). All come out within 3 %. Blocks that are not compiled keep more. For keep_all 14.0 was
+fitted while the stacks of weights and updates (`low_rank`) were kept too: 0.7 in 5B by the count, since taken off.
 """
 ENCODER_UNITS = 10.0
 """Tensors of an image's full size alive at once in the encoder: a convolution's input three frames deep, its output,
 the residual, the norm's float32 copy. Counted, not measured yet; it stays far below a step's own peak."""
 ENCODER_CHANNELS = 128
 OFFLOADED_AT_ONCE = 2
-"""Offloaded blocks whose activations are on the device: one that computes, one on its way. Counted."""
+"""Offloaded blocks whose activations are on the device: one that computes, one on its way; one more for each further
+one that may be under way. Counted."""
 GRADIENTS_AT_ONCE = 2
 """Blocks whose gradients are on the device where the optimizer is on the host: made, and leaving. Counted."""
 SAMPLING_UNITS = 12.5
@@ -62,7 +64,6 @@ EMA_STAGING_BYTES = 8 * CHUNK_NUMBERS
 """Two page-locked buffers through which weights leave for an average on the host. Counted."""
 TRAINED_BYTES = 16
 """A trained weight in float32, its gradient and two moments. Counted."""
-ACTIVATIONS_FAST_TO_SLOW: tuple[Activations, ...] = ("keep_all", "keep_products", "keep_attention", "recompute")
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,10 @@ class MemoryPlan:
     """Blocks whose frozen weights stay on the device while the others are streamed; None: no block is."""
     num_offloaded: int = 0
     """Blocks whose kept activations wait on the host."""
+    num_lean: int = 0
+    """Blocks that keep what the next way after `activations` keeps."""
+    num_leaving: int = 1
+    """Offloaded blocks whose copies may be under way when a block begins."""
     host: int = 0
     """Page-locked host memory."""
     on_host: bool = False
@@ -130,6 +135,8 @@ class MemoryPlan:
     def name(self) -> str:
         """The rung in words."""
         parts: list[str] = [self.activations]
+        if self.num_lean:
+            parts.append(f"{keep_less(self.activations)} for {self.num_lean} blocks")
         if self.quantized:
             parts.append(f"frozen base in {self.quantized}")
         if self.on_host:
@@ -139,7 +146,8 @@ class MemoryPlan:
         elif self.num_resident is not None:
             parts.append(f"{self.num_resident} blocks resident, others streamed")
         if self.num_offloaded:
-            parts.append(f"activations of {self.num_offloaded} blocks on the host")
+            under_way = f", {self.num_leaving} at once on their way" if self.num_leaving > 1 else ""
+            parts.append(f"activations of {self.num_offloaded} blocks on the host{under_way}")
         return ", ".join(parts)
 
     def describe(self) -> str:
@@ -184,6 +192,8 @@ def predict(
     full: bool = False,
     num_resident: int | None = None,
     num_offloaded: int = 0,
+    num_lean: int = 0,
+    num_leaving: int = 1,
     on_host: bool = False,
     eight_bit: bool = False,
     strategy: Strategy | None = None,
@@ -195,19 +205,20 @@ def predict(
     `num_float8` of the frozen ones are kept twice in float8, once for each direction, instead of once in `dtype`.
     `num_encoder`: parameters of the autoencoder's encoder, which encodes images of `image_pixels` before the forward
     pass, when nothing else is kept yet (image-to-video). `num_block_parameters` are in each block, and `num_resident`
-    of the blocks are not streamed. `on_host`: all are trained, and the device has copies of two blocks, and the
-    gradients of two. `eight_bit`: none of the trained ones has a float32 copy, and the device has the gradients of one
-    block (`num_block_trained`; default: `num_block_parameters`). `ema_bytes`: an average of the trained weights.
-    `num_more_kept`: tensors that a block keeps on top of `KEPT_UNITS`. `coded`: frozen weights of each block that are
-    kept in codes.
+    of the blocks are not streamed; `num_lean` keep less, and those that keep more are offloaded first. `on_host`: all
+    are trained, and the device has copies of two blocks, and the gradients of two. `eight_bit`: none of the trained
+    ones has a float32 copy, and the device has the gradients of one block (`num_block_trained`; default:
+    `num_block_parameters`). `ema_bytes`: an average of the trained weights. `num_more_kept`: tensors that a block keeps
+    on top of `KEPT_UNITS`. `coded`: frozen weights of each block that are kept in codes.
     """
     size = element_bytes(dtype)
     saved = 0 if coded is None else coded.saved_bytes
     unit = activation_bytes(facts, tokens, batch_size, dtype)
     weights = (num_parameters - num_float8) * size + num_float8 * 2 - facts.num_layers * saved
-    kept_by_block = (KEPT_UNITS[activations] + num_more_kept) * unit
-    at_once = min(facts.num_layers, facts.num_layers - num_offloaded + (OFFLOADED_AT_ONCE if num_offloaded else 0))
-    host = int(num_offloaded * kept_by_block)
+    kept, offloaded = _count_kept(
+        facts.num_layers, activations, num_lean, num_offloaded, num_leaving, num_more_kept=num_more_kept
+    )
+    kept, host = int(kept * unit), int(offloaded * unit)
     if num_resident is not None:
         block = num_block_parameters * size + num_float8 * (2 - size) // facts.num_layers - saved
         host += block * facts.num_layers
@@ -231,7 +242,6 @@ def predict(
         ema_bytes = -(-ema_bytes // strategy.num_shards)
     trainable += 0 if ema_on_host else ema_bytes
     host += ema_bytes + EMA_STAGING_BYTES if ema_on_host else 0
-    kept = int(at_once * kept_by_block)
     encoding = int(ENCODER_UNITS * batch_size * image_pixels * ENCODER_CHANNELS * size) if num_encoder else 0
     decoded = 0 if coded is None else coded.num_largest * coded.size
     return MemoryPlan(
@@ -242,11 +252,27 @@ def predict(
         workspace=max(int(WORKSPACE_UNITS * unit) + decoded, encoding - kept),
         num_resident=num_resident,
         num_offloaded=num_offloaded,
+        num_lean=num_lean,
+        num_leaving=num_leaving,
         host=host,
         on_host=on_host,
         eight_bit=eight_bit,
         coded=coded,
     )
+
+
+def _count_kept(
+    num_layers: int, activations: Activations, num_lean: int, num_offloaded: int, num_leaving: int, num_more_kept: float
+) -> tuple[float, float]:
+    """Activation tensors kept on the device at the peak, and on the host."""
+    less = keep_less(activations) if num_lean else None
+    rich, lean = (KEPT_UNITS[way or activations] + num_more_kept for way in (activations, less))
+    num_rich = num_layers - num_lean
+    rich_gone = min(num_offloaded, num_rich)
+    offloaded = rich_gone * rich + (num_offloaded - rich_gone) * lean
+    at_once = min(OFFLOADED_AT_ONCE + num_leaving - 1, num_offloaded)
+    passing = min(at_once, rich_gone) * rich + max(0, at_once - rich_gone) * lean
+    return num_rich * rich + num_lean * lean - offloaded + passing, offloaded
 
 
 def free_device_bytes(device: torch.device) -> int | None:

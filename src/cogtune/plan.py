@@ -16,7 +16,7 @@ from cogtune.data_plan import DataPlan, make_data_plan, refuse_missing_files
 from cogtune.errors import UserError
 from cogtune.float8 import check_float8_device
 from cogtune.frozen import count_float8_parameters
-from cogtune.ladder import BlockTimes, choose_rung, describe_rungs, list_rungs, predict_seconds, sort_rungs
+from cogtune.ladder import choose_rung, describe_rungs, list_rungs, sort_rungs
 from cogtune.machine import Machine, measure_machine
 from cogtune.memory import (
     EMA_BYTES,
@@ -35,6 +35,7 @@ from cogtune.parallel.shared_samples import check_context, kept_by_exchange
 from cogtune.parallel.strategy import Strategy, read_strategy
 from cogtune.quantized_ways import check_quantized_base, list_base_ways
 from cogtune.shards.plan import count_saved_bytes, decide_asynchronous
+from cogtune.step_time import BlockTimes, predict_seconds
 from cogtune.streaming.host import free_host_bytes
 from cogtune.trained_weights import choose_trained, count_frozen_in_blocks
 
@@ -336,8 +337,7 @@ def list_training_rungs(
 ) -> list[MemoryPlan]:
     """The ladder of a run; raises `UserError` for streaming where nothing can be streamed.
 
-    `full`: the model's own weights are trained; default: where none is frozen. `frozen_in_block`: the frozen numbers in
-    a block, where not all are.
+    `full`: the model's own weights are trained; default: where none is frozen. `frozen_in_block`: numbers, if not all.
     """
     settings, batch_size = config.memory, config.train.batch_size
     frozen = bool(num_parameters)
@@ -371,7 +371,7 @@ def list_training_rungs(
             machine,
             num_layers=facts.num_layers,
             block_bytes=num_block * element_bytes(dtype),
-            kept_bytes=(KEPT_UNITS[plan.activations] + num_more_kept) * unit,
+            kept_bytes=lambda activations: (KEPT_UNITS[activations] + num_more_kept) * unit,
             weight_gradients=full,
         )
 

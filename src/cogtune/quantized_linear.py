@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cogtune.low_rank import multiply_backward, multiply_forward, pad_rank
+from cogtune.low_rank import multiply_backward, multiply_forward, pad_rank, zero_after
 from cogtune.weight_codes import WeightKind, decode, encode, nf4_values
 
 _Codes = tuple[Tensor, Tensor, Tensor | None, int]
@@ -66,21 +66,6 @@ class QuantizedLinear(nn.Module):
         return y.unflatten(0, x.shape[:-1])
 
 
-@torch.library.custom_op("cogtune::zero_after", mutates_args=())
-def _zero_after(other: Tensor, like: Tensor) -> Tensor:
-    """A zero of the type of `like` that the compiler can't have before it has `other`.
-
-    Added to the codes, it keeps the decoding of the backward pass there. The compiler would see that the forward pass
-    decodes the same weights, and keep those of all layers.
-    """
-    return like.new_zeros(())
-
-
-@_zero_after.register_fake
-def _(_other: Tensor, like: Tensor) -> Tensor:
-    return like.new_empty(())
-
-
 class _QuantizedProduct(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -93,7 +78,8 @@ class _QuantizedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         codes, scale, values = ctx.saved_tensors
-        weight = decode(codes + _zero_after(grad, codes), scale, values, ctx.width, grad.dtype)
+        # The zero keeps this decoding in the backward pass: between the passes there are codes only.
+        weight = decode(codes + zero_after(grad, codes), scale, values, ctx.width, grad.dtype)
         return grad @ weight, *[None] * 5
 
 
@@ -111,6 +97,6 @@ class _AdaptedQuantizedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, hidden, down, up, codes, scale, values = ctx.saved_tensors
-        weight = decode(codes + _zero_after(grad, codes), scale, values, ctx.width, grad.dtype)
+        weight = decode(codes + zero_after(grad, codes), scale, values, ctx.width, grad.dtype)
         grad_x, grad_down, grad_up = multiply_backward(grad, x, hidden, weight, down, up)
         return grad_x, None, grad_down, grad_up, *[None] * 4

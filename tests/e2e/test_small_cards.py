@@ -48,9 +48,15 @@ def test_a_streamed_run_is_the_resident_one_bit_for_bit_with_its_videos_and_resu
         assert_equal_files(tmp_path / "plain" / name, tmp_path / "streamed" / name)
     video = "samples/step-000004/00-0.mp4"
     assert (tmp_path / "plain" / video).read_bytes() == (tmp_path / "streamed" / video).read_bytes()
+    mixed = options("mixed", **STREAMED | {"memory__mode": "keep_products", "memory__lean_blocks": 1})
+    outcome = run_command(LORA, *mixed, "--memory.leaving_blocks=2")
+    assert outcome.code == 0 and "keep_products, keep_attention for 1 blocks, 0 blocks resident" in outcome.out
+    assert read_rows(tmp_path / "plain") == read_rows(tmp_path / "mixed")
     last = tmp_path / "streamed/checkpoints/step-000004"
     last.rename(tmp_path / "straight")
-    outcome = run_command(LORA, *options("streamed", memory__resident_blocks=1))
+    outcome = run_command(
+        LORA, *options("streamed", memory__resident_blocks=1, memory__lean_blocks=1, memory__mode="keep_all")
+    )
     assert outcome.code == 0 and "at step 2" in outcome.out, "memory settings change no result and may change"
     for name in ("pytorch_lora_weights.safetensors", "optimizer.safetensors"):
         assert_equal_files(tmp_path / "straight" / name, last / name)

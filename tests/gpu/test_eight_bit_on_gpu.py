@@ -9,11 +9,12 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from torch import nn
 
+from cogtune.arrangement import Activations
 from cogtune.attention import install_attention
 from cogtune.config import OptimizerSettings
 from cogtune.denoiser import make_rotary
 from cogtune.eight_bit_adamw import EightBitAdamW, EightBitGuard
-from cogtune.execution import Activations, configure_blocks
+from cogtune.execution import configure_blocks
 from cogtune.memory import GIB, predict
 from cogtune.random_pipeline import ARCHITECTURES, make_architecture_facts, make_random_on_host
 

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from test_training_on_gpu import compute_loss, loss_and_gradients, make_blocks
 
 from cogtune.adapter import adapter_parameters
+from cogtune.arrangement import Activations
 from cogtune.attention import install_attention
 from cogtune.attention_backends import Backend, activated, check_backend, choose_backend, is_installed, measure_backends
 from cogtune.config import AdapterSettings
 from cogtune.errors import UserError
-from cogtune.execution import Activations, configure_blocks
+from cogtune.execution import configure_blocks
 from cogtune.frozen import Float8Base, quantize_base
 from cogtune.low_rank import adapted_linear
 

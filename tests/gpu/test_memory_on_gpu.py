@@ -13,13 +13,14 @@ from diffusers import CogVideoXTransformer3DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cogtune.adapter import adapter_parameters, add_lora
+from cogtune.arrangement import ACTIVATIONS_FAST_TO_SLOW, Activations
 from cogtune.attention import install_attention
 from cogtune.benchmark import memory as memory_bench
 from cogtune.config import AdapterSettings, OptimizerSettings
 from cogtune.denoiser import make_rotary
-from cogtune.execution import Activations, configure_blocks
+from cogtune.execution import configure_blocks
 from cogtune.frozen import encode_base, encode_block
-from cogtune.memory import ACTIVATIONS_FAST_TO_SLOW, GIB, predict
+from cogtune.memory import GIB, predict
 from cogtune.optimization import make_optimizer
 from cogtune.random_pipeline import ARCHITECTURES, make_architecture_facts, make_random_on_host
 from cogtune.streaming.blocks import stream_blocks

@@ -12,9 +12,9 @@ import torch
 from test_memory_on_gpu import CHANGES, DEVICE, LAYERS, SIZE, deviation, make, step
 
 from cogtune.adapter import adapter_parameters
+from cogtune.arrangement import ACTIVATIONS_FAST_TO_SLOW, Activations
 from cogtune.config import OptimizerSettings
-from cogtune.execution import Activations
-from cogtune.memory import ACTIVATIONS_FAST_TO_SLOW, GIB, predict
+from cogtune.memory import GIB, predict
 from cogtune.optimization import make_optimizer
 from cogtune.quantized_linear import QuantizedLinear
 from cogtune.quantized_ways import count_coded

@@ -12,9 +12,10 @@ import torch
 
 from cogtune import models
 from cogtune.adapter import adapter_parameters, add_lora
+from cogtune.arrangement import Activations
 from cogtune.attention import install_attention
 from cogtune.config import AdapterSettings
-from cogtune.execution import Activations, configure_blocks
+from cogtune.execution import configure_blocks
 from cogtune.trainer import Trainer
 
 WIDTH, TOKENS_TEXT = 512, 226

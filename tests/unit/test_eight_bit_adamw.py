@@ -10,11 +10,12 @@ from test_attention import make_transformer as make_random
 from torch import nn
 
 from cogtune import eight_bit_adamw
+from cogtune.arrangement import Activations
 from cogtune.attention import install_attention
 from cogtune.config import OptimizerSettings
 from cogtune.eight_bit import BLOCK
 from cogtune.eight_bit_adamw import EightBitAdamW, EightBitGuard, is_quantized
-from cogtune.execution import Activations, configure_blocks
+from cogtune.execution import configure_blocks
 from cogtune.formats.tensors import hold
 from cogtune.optimization import make_optimizer
 from cogtune.saving import DeviceStore

@@ -7,11 +7,11 @@ import pytest
 import torch
 from test_attention import KINDS, Operators, assert_equal_steps, make_inputs, make_transformer, step
 
+from cogtune.arrangement import ACTIVATIONS_FAST_TO_SLOW, Activations
 from cogtune.attention import install_attention
 from cogtune.config import MemorySettings
-from cogtune.execution import Activations, configure_blocks
+from cogtune.execution import configure_blocks
 from cogtune.frozen import quantize_base
-from cogtune.memory import ACTIVATIONS_FAST_TO_SLOW
 
 RUNGS: tuple[Activations, ...] = get_args(Activations)
 

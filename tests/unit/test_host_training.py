@@ -7,9 +7,10 @@ import torch
 from test_attention import make_inputs
 from test_attention import make_transformer as make_random
 
+from cogtune.arrangement import Activations
 from cogtune.attention import install_attention
 from cogtune.config import OptimizerSettings
-from cogtune.execution import Activations, configure_blocks
+from cogtune.execution import configure_blocks
 from cogtune.host_training import HostAdamW, HostStepGuard, HostWeights
 from cogtune.optimization import StepGuard, make_optimizer
 

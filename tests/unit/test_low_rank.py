@@ -69,3 +69,32 @@ def test_stacked_updates_are_the_layers_own() -> None:
     for part, update in zip((x @ down.t() @ up.t()).split(sizes, dim=1), updates, strict=True):
         expected = torch.zeros_like(part) if update is None else x @ update[0].t() @ update[1].t()
         torch.testing.assert_close(part, expected)
+
+
+def test_no_stack_of_weights_is_kept_for_the_backward_pass() -> None:
+    """The compiler makes [W, B] in both passes; left alone it keeps it. The numbers stay, bit for bit."""
+    torch._dynamo.reset()
+    size_in, size_out, rank = 64, 96, 8
+    weight, bias = draw(size_out, size_in, seed=1), draw(size_out, seed=2)
+
+    def apply(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return adapted_linear(x * 2, weight, bias, down, up).sin()
+
+    kept: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage()._cdata != weight.untyped_storage()._cdata:
+            kept.append(tensor)
+        return tensor
+
+    leaves = [draw(16, size_in, seed=0), draw(rank, size_in, seed=3), draw(size_out, rank, seed=4)]
+    results = []
+    for run in (apply, torch.compile(apply, fullgraph=True, backend="aot_eager")):
+        own = [leaf.clone().requires_grad_() for leaf in leaves]
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y = run(*own)
+        assert kept and all(tensor.numel() < size_in * size_out for tensor in kept)
+        results.append([y, *torch.autograd.grad(y, own, draw(16, size_out, seed=5))])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    torch._dynamo.reset()

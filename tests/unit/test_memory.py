@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from cogtune.adapter import count_adapter_parameters
+from cogtune.arrangement import ACTIVATIONS_FAST_TO_SLOW, arrange
 from cogtune.config import AdapterSettings
 from cogtune.eight_bit_adamw import CHUNK
 from cogtune.memory import (
-    ACTIVATIONS_FAST_TO_SLOW,
     ENCODER_UNITS,
     GIB,
     KEPT_UNITS,
@@ -115,6 +115,24 @@ def test_streamed_weights_and_offloaded_activations_leave_the_device(tiny_folder
     assert plan.name() == "keep_products, 4 blocks resident, others streamed, activations of 7 blocks on the host"
     last = predict(facts, "keep_products", **sizes, num_block_parameters=100, num_resident=9)
     assert last.weights == whole.weights, "one streamed block needs one slot"
+
+
+def test_lean_blocks_keep_less_and_leave_last(tiny_folder: Path) -> None:
+    """Against the arrangement that runs, block by block; a third block may be there where two are under way."""
+    facts = replace(read_facts(tiny_folder), num_layers=10)
+    sizes = {"num_parameters": 1100, "num_trainable": 10, "tokens": 100, "batch_size": 3, "dtype": torch.bfloat16}
+    unit = 3 * 100 * 32 * 2
+    for num_lean, num_offloaded, num_leaving in [(4, 0, 1), (4, 5, 1), (4, 5, 2), (4, 8, 1), (9, 10, 2)]:
+        counts = {"num_lean": num_lean, "num_offloaded": num_offloaded}
+        plan = predict(facts, "keep_products", **sizes, **counts, num_leaving=num_leaving)
+        arrangement = arrange(10, **counts)
+        units = [KEPT_UNITS["keep_attention" if n in arrangement.lean else "keep_products"] for n in range(10)]
+        gone = sorted((units[number] for number in arrangement.offloaded), reverse=True)
+        there = sum(units) - sum(gone) + sum(gone[: num_leaving + 1])
+        assert plan.kept == pytest.approx(there * unit, abs=1) and plan.host == pytest.approx(sum(gone) * unit, abs=1)
+    assert plan.name() == (
+        "keep_products, keep_attention for 9 blocks, activations of 10 blocks on the host, 2 at once on their way"
+    )
 
 
 def test_a_cpu_has_no_limit_of_its_own() -> None:

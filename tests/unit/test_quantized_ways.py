@@ -78,7 +78,7 @@ def test_weights_on_device_and_host_are_counted(make_rungs: Any) -> None:
     plans = {
         kind: {
             (rung.activations, rung.num_resident): rung
-            for rung in make_rungs(200, quantized_base=kind, offloaded_blocks=0)
+            for rung in make_rungs(200, quantized_base=kind, offloaded_blocks=0, lean_blocks=0)
         }
         for kind in ("none", "int8", "nf4")
     }

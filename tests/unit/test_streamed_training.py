@@ -8,8 +8,9 @@ import pytest
 import torch
 from test_attention import KINDS, make_inputs, make_transformer, step
 
+from cogtune.arrangement import Activations
 from cogtune.attention import install_attention
-from cogtune.execution import Activations, configure_blocks
+from cogtune.execution import configure_blocks
 from cogtune.frozen import encode_base, encode_block, quantize_base
 from cogtune.streaming.blocks import find_stream, stream_blocks
 from cogtune.weight_codes import WeightKind
@@ -33,6 +34,8 @@ def make(
     resident: int | None = None,
     slots: int = 2,
     offloaded: int = 0,
+    lean: int = 0,
+    leaving: int = 1,
     float8: bool = False,
     quantized: WeightKind | None = None,
     compiler: str | None = None,
@@ -54,7 +57,9 @@ def make(
         compiled=compiler is not None,
         has_dropout="dropout" in kind,
         compiler=compiler or "inductor",
+        num_lean=lean,
         num_offloaded=offloaded,
+        num_leaving=leaving,
     )
     return transformer
 
@@ -129,3 +134,56 @@ def test_compiled_blocks_share_one_graph_and_give_the_same(compiler: str) -> Non
     assert counters["stats"]["unique_graphs"] == 1 and counters["graph_break"] == {}
     with torch.compiler.set_stance("fail_on_recompile"):
         assert_same(step(streamed, 2), expected[1])
+
+
+@pytest.mark.parametrize("activations", ["keep_attention", "keep_products", "keep_all"])
+@pytest.mark.parametrize(("lean", "offloaded"), [(2, 0), (3, 2), (1, 5), (4, 3)])
+def test_blocks_may_keep_more_and_less_bit_for_bit(activations: Activations, lean: int, offloaded: int) -> None:
+    """Not compiled, every way gives the numbers of every other one, and so do mixed ones, streamed too."""
+    plain, mixed = make(), make(activations, lean=lean, resident=1, offloaded=offloaded, leaving=2)
+    for seed in (1, 2):
+        assert_same(step(mixed, seed), step(plain, seed))
+
+
+@pytest.mark.parametrize("kind", ["dropout", "dora"])
+def test_mixed_blocks_draw_the_same_dropout(kind: str) -> None:
+    assert_same(step(make("keep_products", kind=kind, lean=2, offloaded=3)), step(make(kind=kind)))
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_mixed_blocks_compile_to_a_graph_for_each_way(compiler: str) -> None:
+    """The numbers are those of blocks that all keep alike, up to rounding; later steps compile nothing."""
+    expected = [step(make("keep_products"), seed) for seed in (1, 2)]
+    mixed = make("keep_products", lean=2, resident=1, offloaded=4, leaving=2, compiler=compiler)
+    got = [step(mixed, 1)]
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 2 and counters["graph_break"] == {}
+    with torch.compiler.set_stance("fail_on_recompile"):
+        got.append(step(mixed, 2))
+    for mine, reference in zip(got, expected, strict=True):
+        for name, value in reference.items():
+            assert float((mine[name] - value).norm()) < 1e-5 * max(1.0, float(value.norm())), name
+
+
+def test_lean_blocks_keep_less() -> None:
+    """Counted by what autograd saves of all blocks: nearer to keep_attention with every lean block."""
+
+    def count_bytes(lean: int, activations: Activations = "keep_products") -> int:
+        torch._dynamo.reset()
+        transformer = make(activations, lean=lean, compiler="aot_eager")
+        weights = {t.untyped_storage()._cdata for t in [*transformer.parameters(), *transformer.buffers()]}
+        kept: dict[tuple[int, int], int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.untyped_storage()._cdata not in weights:
+                kept[tensor.data_ptr(), tensor.nbytes] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            transformer(**make_inputs(transformer), return_dict=False)
+        return sum(kept.values())
+
+    sizes = [count_bytes(lean) for lean in (0, 2, 4)]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
+    assert sizes[0] - sizes[1] == pytest.approx(sizes[1] - sizes[2], rel=0.05)
+    assert count_bytes(0, "keep_attention") < sizes[2]

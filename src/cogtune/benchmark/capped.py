@@ -132,7 +132,9 @@ class CappedRun:
             rung.activations,
             compiled=self.task.compile == "on",
             has_dropout=False,
+            num_lean=rung.num_lean,
             num_offloaded=rung.num_offloaded,
+            num_leaving=rung.num_leaving,
             gradients=None if trained.host is None else trained.host.gradients,
         )
         self._clear()

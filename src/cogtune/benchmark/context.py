@@ -27,8 +27,8 @@ from typing import Any, get_args
 
 import torch
 
+from cogtune.arrangement import Activations
 from cogtune.errors import UserError
-from cogtune.execution import Activations
 from cogtune.random_pipeline import ARCHITECTURES
 
 WAYS = {"train": ("ulysses", "ring"), "generate": ("halves", "ulysses", "ring")}

@@ -77,7 +77,9 @@ class Part:
             rung.activations,
             compiled=plan.compiled,
             has_dropout=False,
+            num_lean=rung.num_lean,
             num_offloaded=rung.num_offloaded,
+            num_leaving=rung.num_leaving,
             hooked=self.strategy.shards_weights,
         )
         engine = make_engine(self.bench.accelerator, plan, trained, mesh)

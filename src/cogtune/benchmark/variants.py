@@ -13,11 +13,12 @@ from diffusers import CogVideoXTransformer3DModel
 from peft import LoraConfig
 
 from cogtune.adapter import add_lora
+from cogtune.arrangement import Activations
 from cogtune.attention import install_attention
 from cogtune.attention_backends import Backend, activate
 from cogtune.config import AdapterSettings
 from cogtune.errors import UserError
-from cogtune.execution import Activations, configure_blocks
+from cogtune.execution import configure_blocks
 from cogtune.frozen import encode_base, quantize_base
 from cogtune.weight_codes import WeightKind
 

@@ -28,6 +28,9 @@ def check_strategy(config: RunConfig, strategy: Strategy, dtype: torch.dtype, *,
         f"memory.offloaded_blocks={memory.offloaded_blocks}: activations stay on the device; remove it": (
             divided and moved
         ),
+        f"memory.leaving_blocks={memory.leaving_blocks}: activations stay on the device; remove it": (
+            divided and memory.leaving_blocks != "auto"
+        ),
         f"memory.optimizer={memory.optimizer}: the strategy says where the optimizer is; remove it "
         "(zero3-offload.yaml keeps it on the host)": divided and elsewhere,
         "train.cuda_graph=true: hooks around the blocks can't be recorded; set it to false": (

@@ -68,11 +68,16 @@ def _bytes_of(tensor: Tensor) -> Tensor:
 class ActivationOffload:
     """Keeps what some blocks save for the backward pass on the host."""
 
-    def __init__(self, num_blocks: int, num_offloaded: int, device: torch.device, weights: Iterable[Tensor]) -> None:
-        """`num_offloaded` of the blocks, spread evenly; `weights` are never copied."""
-        chosen = [((2 * k + 1) * num_blocks) // (2 * num_offloaded) for k in range(num_offloaded)]
+    def __init__(
+        self, blocks: Iterable[int], device: torch.device, weights: Iterable[Tensor], *, num_leaving: int = 1
+    ) -> None:
+        """`blocks`: their numbers; `weights` are never copied.
+
+        When a block begins, the copies of `num_leaving` before it may still be under way; it waits for older ones.
+        """
         self.device = device
-        self._states = {index: _BlockState() for index in chosen}
+        self._num_leaving = num_leaving
+        self._states = {index: _BlockState() for index in sorted(blocks)}
         self._weights = {tensor.untyped_storage()._cdata for tensor in weights}
         self._spare: dict[int, list[HostBuffer]] = {}
         on_gpu = device.type == "cuda"
@@ -84,8 +89,8 @@ class ActivationOffload:
     @contextlib.contextmanager
     def keeping(self, index: int, hidden_states: Tensor) -> Iterator[None]:
         """What autograd saves inside, of at least half the size of the block's input, goes to the host."""
-        # The last block's copies have just been queued: they run beside this block, which must not wait for them.
-        self._let_go(all_but=1)
+        # The last blocks' copies run beside this block, which must not wait for them.
+        self._let_go(all_but=self._num_leaving)
         state = self._states.get(index)
         if state is None:
             yield
@@ -121,13 +126,15 @@ class ActivationOffload:
             self._held.remove(index)
             return
         self._let_go()
+        for part in state.ranges.values():  # from the pool of the stream that computes, as what has just left
+            part.back = torch.empty(part.buffer.bytes.shape, dtype=torch.uint8, device=self.device)
         if self._arriving is not None:
             self._arriving.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._arriving):
             if self._arriving is not None and state.left is not None:
                 self._arriving.wait_event(state.left)
             for part in state.ranges.values():
-                part.back = torch.empty(part.buffer.bytes.shape, dtype=torch.uint8, device=self.device)
+                assert part.back is not None
                 part.back.copy_(part.buffer.bytes, non_blocking=True)
             if self._arriving is not None:
                 state.arrived = torch.cuda.Event()
@@ -188,6 +195,8 @@ class ActivationOffload:
         return kept.range.back.view(kept.dtype).as_strided(kept.size, kept.stride)
 
     def _clear(self, state: _BlockState) -> None:
+        if state.arrived is not None:  # nothing has read it; others must not get the memory while it is written
+            torch.cuda.current_stream(self.device).wait_event(state.arrived)
         for part in state.ranges.values():
             part.source = part.back = None
             self._spare.setdefault(part.buffer.bytes.numel(), []).append(part.buffer)

@@ -16,13 +16,20 @@ def test_every_setting_is_named(strategy: Strategy) -> None:
     config = RunConfig.model_validate(
         {
             "train": {"float8_base": True, "cuda_graph": True},
-            "memory": {"resident_blocks": 3, "offloaded_blocks": 5},
+            "memory": {"resident_blocks": 3, "offloaded_blocks": 5, "leaving_blocks": 2},
         }
     )
     with pytest.raises(UserError) as caught:
         check_strategy(config, strategy, torch.bfloat16, full=False)
     message = str(caught.value)
-    for name in ("float8_base", "cuda_graph", "resident_blocks=3", "offloaded_blocks=5", "ddp.yaml"):
+    for name in (
+        "float8_base",
+        "cuda_graph",
+        "resident_blocks=3",
+        "offloaded_blocks=5",
+        "leaving_blocks=2",
+        "ddp.yaml",
+    ):
         assert name in message
     check_strategy(config, DDP, torch.bfloat16, full=False)
 

@@ -11,10 +11,11 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from torch.distributed.tensor import DTensor
 
 from cogtune import adapter
+from cogtune.arrangement import Activations
 from cogtune.attention import install_attention
 from cogtune.config import AdapterSettings, OptimizerSettings
 from cogtune.ema import Ema
-from cogtune.execution import Activations, configure_blocks
+from cogtune.execution import configure_blocks
 from cogtune.formats.tensors import hold
 from cogtune.optimization import StepGuard, make_optimizer
 from cogtune.parallel.fully_sharded import ShardedStepGuard, ShardedStore, give_back, make_mesh, shard_transformer

@@ -7,12 +7,12 @@ import torch
 
 from cogtune.config import RunConfig
 from cogtune.errors import UserError
-from cogtune.ladder import BlockTimes
 from cogtune.machine import measure_machine
 from cogtune.memory import predict
 from cogtune.models import choose_device
 from cogtune.parallel.shared_samples import check_context, kept_by_exchange, teams_of
 from cogtune.random_pipeline import make_architecture_facts
+from cogtune.step_time import BlockTimes
 
 FACTS = make_architecture_facts("cogvideox-2b")
 

@@ -31,7 +31,7 @@ def run(offload: ActivationOffload | None, weight: torch.Tensor, depth: int = 3)
 def test_values_and_gradients_stay_and_host_memory_is_used_again() -> None:
     weight = draw(8, 8, seed=1)
     expected = run(None, weight)
-    offload = ActivationOffload(3, 3, CPU, [weight])
+    offload = ActivationOffload(range(3), CPU, [weight])
     sizes = []
     for _ in range(3):
         got = run(offload, weight)
@@ -45,7 +45,7 @@ def test_values_and_gradients_stay_and_host_memory_is_used_again() -> None:
 
 def test_only_the_chosen_blocks_leave() -> None:
     weight = draw(8, 8, seed=1)
-    few, all_of_them = ActivationOffload(3, 1, CPU, [weight]), ActivationOffload(3, 3, CPU, [weight])
+    few, all_of_them = ActivationOffload([1], CPU, [weight]), ActivationOffload(range(3), CPU, [weight])
     run(few, weight)
     run(all_of_them, weight)
     assert 0 < 3 * few.host_bytes == all_of_them.host_bytes
@@ -54,7 +54,7 @@ def test_only_the_chosen_blocks_leave() -> None:
 def test_fetching_ahead_changes_nothing() -> None:
     weight = draw(8, 8, seed=1)
     expected = run(None, weight)[1]
-    offload = ActivationOffload(2, 2, CPU, [weight])
+    offload = ActivationOffload(range(2), CPU, [weight])
     x = draw(6, 8).requires_grad_()
     with offload.keeping(0, x):
         y = torch.tanh(x @ weight).t().exp().t()
@@ -92,9 +92,12 @@ class Copies:
         return self.done
 
 
-def test_a_block_never_waits_for_the_copies_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("num_leaving", [1, 2])
+def test_a_block_never_waits_for_the_copies_of_the_one_before(
+    monkeypatch: pytest.MonkeyPatch, num_leaving: int
+) -> None:
     """They run beside it. Older ones must be done by then; copies that are done are let go without waiting."""
-    offload = ActivationOffload(4, 4, torch.device("cpu"), [])
+    offload = ActivationOffload(range(4), torch.device("cpu"), [], num_leaving=num_leaving)
     waited: list[Copies] = []
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: SimpleNamespace(wait_event=waited.append))
     copies = [Copies(done=False) for _ in range(3)]
@@ -102,9 +105,20 @@ def test_a_block_never_waits_for_the_copies_of_the_one_before(monkeypatch: pytes
         with offload.keeping(index, torch.zeros(1, 2, 2)):
             pass
         offload._states[index].left = left  # type: ignore[assignment]
-        assert waited == copies[: max(0, index - 1)]
+        assert waited == copies[: max(0, index - num_leaving)]
     for left in copies:
         left.done = True
     with offload.keeping(3, torch.zeros(1, 2, 2)):
         pass
-    assert waited == copies[:1] and offload._held == [3]
+    assert waited == copies[: 2 - num_leaving] and offload._held == [3]
+
+
+def test_memory_is_not_given_up_while_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What came back and nothing has read."""
+    offload = ActivationOffload([0], torch.device("cpu"), [])
+    waited: list[Copies] = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: SimpleNamespace(wait_event=waited.append))
+    arrived = Copies(done=False)
+    offload._states[0].arrived = arrived  # type: ignore[assignment]
+    offload.finish(0)
+    assert waited == [arrived] and offload._states[0].arrived is None

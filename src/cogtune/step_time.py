@@ -1,0 +1,181 @@
+"""The predicted time of a training step: each block's arithmetic, and the copies that run beside it.
+
+The link to the host has two directions. What blocks keep leaves in the forward pass and comes back in the backward
+pass; streamed weights come in both. The queues are followed block by block, as `streaming` fills them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cogtune.arrangement import Activations, arrange, keep_less
+from cogtune.machine import Machine
+from cogtune.memory import MemoryPlan
+from cogtune.models import ModelFacts
+from cogtune.streaming.blocks import DEFAULT_SLOTS, choose_streamed
+
+# Parts of the best matrix product's rate: what the step's own kernels reach beside it on an H100 (docs/benchmarks.md).
+_LINEAR, _ATTENTION_FORWARD, _ATTENTION_BACKWARD = 0.93, 0.525, 0.535
+_ELEMENTWISE_SHARE = 0.17
+"""Time of everything beside a block's products, in each direction, and what the kernels lose in a long step.
+Fitted to 2.05 s (keep_all) there; keep_attention then comes out at 2.22 s (measured 2.26), recompute at 2.66 (2.69)."""
+_COPY_SHARE = 0.02
+"""Part of a copy's time that isn't hidden even where it runs beside longer work: it takes memory bandwidth. A guess."""
+_UPDATE_TRAFFIC = 18.0
+"""Host memory read and written by an update, in bytes a byte of the weights' copy: three float32 tensors read and
+written, the gradient read and widened, the copy written. Counted."""
+_HOST_BYTES_PER_SECOND = 100e9
+"""What AdamW on a host's cores gets of its memory's bandwidth. A guess."""
+_FLOPS_A_BYTE = 300.0
+"""What a device computes while its memory moves a byte: decoding quantized weights reads codes and writes weights. A
+guess, from an H100's data sheet (990 TFLOP/s, 3.35 TB/s)."""
+_RECOMPUTED: dict[Activations, tuple[float, float]] = {
+    "keep_all": (0.0, 0.0),
+    "keep_products": (0.03, 0.0),
+    "keep_attention": (8 / 12, 0.0),
+    "recompute": (8 / 12, 1.0),
+}
+"""Parts of the linear layers and of attention that run a second time; the feed-forward's last product is never read."""
+
+
+@dataclass(frozen=True)
+class BlockTimes:
+    """Seconds of one block on a machine."""
+
+    linear: float
+    attention_forward: float
+    attention_backward: float
+
+    @classmethod
+    def of(
+        cls, facts: ModelFacts, tokens: int, batch_size: int, machine: Machine, *, num_ranks: int = 1
+    ) -> "BlockTimes":
+        """From the block's arithmetic: 12 products of width x width a token, and attention over all tokens.
+
+        `num_ranks` share the work; their messages are not counted.
+        """
+        width = facts.num_heads * facts.head_dim
+        linear = 24 * batch_size * tokens * width**2 / num_ranks
+        attention = 4 * batch_size * tokens**2 * width / num_ranks
+        return cls(
+            linear / (machine.flops * _LINEAR),
+            attention / (machine.flops * _ATTENTION_FORWARD),
+            2.5 * attention / (machine.flops * _ATTENTION_BACKWARD),
+        )
+
+    def forward_seconds(self) -> float:
+        """The forward pass of a block."""
+        return (self.linear + self.attention_forward) * (1 + _ELEMENTWISE_SHARE)
+
+    def backward_seconds(self, activations: Activations, *, weight_gradients: bool) -> float:
+        """Its backward pass, with what is computed again."""
+        linear, attention = _RECOMPUTED[activations]
+        own = self.linear * (2 if weight_gradients else 1) + self.attention_backward
+        again = self.linear * linear + self.attention_forward * attention
+        return (own + again) * (1 + _ELEMENTWISE_SHARE)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Seconds of a block's passes and copies; zero where nothing is copied."""
+
+    forward: float
+    backward: float
+    weights: float
+    leaving: float
+
+
+def predict_seconds(
+    plan: MemoryPlan,
+    times: BlockTimes,
+    machine: Machine,
+    *,
+    num_layers: int,
+    block_bytes: int,
+    kept_bytes: Callable[[Activations], float],
+    weight_gradients: bool,
+) -> float:
+    """A step of all blocks, and a little for each copy even where it is hidden.
+
+    `block_bytes` are those of an exact block, `kept_bytes` what a block keeps.
+    """
+    block_bytes -= plan.coded.saved_bytes if plan.coded else 0
+    decoding = (plan.coded.moved_bytes if plan.coded else 0) * _FLOPS_A_BYTE / machine.flops
+    arrangement = arrange(num_layers, num_lean=plan.num_lean, num_offloaded=plan.num_offloaded)
+    num_resident = 0 if plan.on_host else num_layers if plan.num_resident is None else plan.num_resident
+    streamed = set(choose_streamed(num_layers, num_resident)) if num_resident < num_layers else set()
+    # The update on the host runs beside the forward pass, which reads it block by block.
+    update = block_bytes * _UPDATE_TRAFFIC / _HOST_BYTES_PER_SECOND if plan.on_host else 0.0
+    blocks = []
+    for number in range(num_layers):
+        way = (keep_less(plan.activations) if number in arrangement.lean else None) or plan.activations
+        own = times.backward_seconds(way, weight_gradients=weight_gradients)
+        blocks.append(
+            _Block(
+                max(times.forward_seconds() + decoding, update),
+                own + decoding * (1 + _RECOMPUTED[way][0]),
+                block_bytes / machine.link if number in streamed else 0.0,
+                kept_bytes(way) / machine.link if number in arrangement.offloaded else 0.0,
+            )
+        )
+    copying = sum(2 * (block.weights + block.leaving) for block in blocks)
+    return _follow(blocks, plan.num_leaving) + _COPY_SHARE * copying
+
+
+def _follow(blocks: list[_Block], num_leaving: int) -> float:
+    """When the last backward pass ends: `now` is the time of computing, `outward` and `inward` those of the link."""
+    now = outward = inward = 0.0
+    held: dict[int, float] = {}  # offloaded blocks that are still on the device, and when their copies are done
+    weights = _Weights(blocks)
+    for number, block in enumerate(blocks):
+        now = max(now, weights.ready(number))
+        while held and (len(held) > num_leaving or next(iter(held.values())) <= now):
+            now = max(now, held.pop(next(iter(held))))
+        now += block.forward
+        inward = weights.leave(number, now, inward)
+        if block.leaving:
+            outward = held[number] = max(outward, now) + block.leaving
+    weights.turn()
+    arrived: dict[int, float] = {}
+    offloaded = [number for number, block in enumerate(blocks) if block.leaving]
+    for number in reversed(range(len(blocks))):
+        for other in (number, max((other for other in offloaded if other < number), default=number)):
+            if not blocks[other].leaving or other in arrived:
+                continue
+            if other in held:
+                arrived[other] = 0.0
+                del held[other]
+                continue
+            now = max([now, *held.values()])  # what is left of the forward pass's copies
+            held.clear()
+            inward = arrived[other] = max(inward, now) + blocks[other].leaving
+        now = max(now, weights.ready(number), arrived.get(number, 0.0)) + blocks[number].backward
+        inward = weights.leave(number, now, inward)
+    return now
+
+
+class _Weights:
+    """When streamed weights are on the device: each comes when a slot is left."""
+
+    def __init__(self, blocks: list[_Block]) -> None:
+        self._order = [number for number, block in enumerate(blocks) if block.weights]
+        self._seconds = {number: blocks[number].weights for number in self._order}
+        self._ready = dict.fromkeys(self._order[:DEFAULT_SLOTS], 0.0)
+
+    def ready(self, number: int) -> float:
+        """When a block's weights are there; 0 if they always are."""
+        return self._ready.get(number, 0.0)
+
+    def leave(self, number: int, now: float, inward: float) -> float:
+        """A block's slot goes to the next one; when the link is free after it."""
+        if number not in self._seconds:
+            return inward
+        following = self._order.index(number) + DEFAULT_SLOTS
+        if following < len(self._order):
+            inward = max(inward, now) + self._seconds[number]
+            self._ready[self._order[following]] = inward
+        return inward
+
+    def turn(self) -> None:
+        """The backward pass begins, with the last ones there."""
+        self._order.reverse()
+        self._ready = {number: self._ready[number] for number in self._order[:DEFAULT_SLOTS]}

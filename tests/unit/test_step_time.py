@@ -1,0 +1,99 @@
+"""The predicted time of a step: computing and both directions of the link, against schedules worked out by hand."""
+
+from typing import Any
+
+import pytest
+
+from cogtune.arrangement import Activations
+from cogtune.machine import Machine
+from cogtune.memory import MemoryPlan
+from cogtune.step_time import _COPY_SHARE, BlockTimes, predict_seconds
+
+TIMES = BlockTimes(linear=1.0, attention_forward=2.0, attention_backward=4.0)
+FORWARD = TIMES.forward_seconds()
+
+
+def predict(num_layers: int, *, kept: float = 0.0, lean: float = 0.0, block: float = 0.0, **plan: Any) -> float:
+    """Without the share of copies that is never hidden; `kept`, `lean` and `block`: seconds of a copy."""
+    activations: Activations = plan.pop("activations", "keep_products")
+
+    def kept_bytes(way: Activations) -> float:
+        return 1e9 * (kept if way == activations else lean)
+
+    rung = MemoryPlan(activations, 0, 0, 0, 0, **plan)
+    seconds = predict_seconds(
+        rung, TIMES, Machine(1e12, 1e9), num_layers=num_layers, block_bytes=int(block * 1e9), kept_bytes=kept_bytes,
+        weight_gradients=False,
+    )  # fmt: skip
+    rich = min(rung.num_offloaded, num_layers - rung.num_lean)
+    streamed = num_layers - (num_layers if rung.num_resident is None else rung.num_resident)
+    copied = rich * kept + (rung.num_offloaded - rich) * lean + streamed * block
+    return seconds - _COPY_SHARE * 2 * copied
+
+
+def backward(way: Activations = "keep_products") -> float:
+    return TIMES.backward_seconds(way, weight_gradients=False)
+
+
+def test_without_copies_it_is_the_work() -> None:
+    assert predict(6) == pytest.approx(6 * (FORWARD + backward()))
+    mixed = predict(6, num_lean=2)
+    assert mixed == pytest.approx(6 * FORWARD + 4 * backward() + 2 * backward("keep_attention"))
+
+
+def test_short_copies_hide_behind_the_work() -> None:
+    """But for the last ones of the forward pass, if they are still under way when memory for others is wanted."""
+    assert predict(6, kept=0.9 * FORWARD, num_offloaded=5) == pytest.approx(6 * (FORWARD + backward()))
+    assert predict(6, block=0.9 * FORWARD, num_resident=0) == pytest.approx(6 * (FORWARD + backward()))
+
+
+def test_long_copies_are_waited_for_as_deep_as_memory_allows() -> None:
+    """All of 6 blocks leave, 1.5 forward passes each: a block begins when all but `num_leaving` before it are gone.
+
+    The last ones are still there for their backward passes.
+    """
+    copy = 1.5 * FORWARD
+    gone = [FORWARD + (number + 1) * copy for number in range(6)]  # the link is never idle
+    for num_leaving in (1, 2):
+        now = 0.0
+        for number in range(6):
+            awaited = number - num_leaving - 1
+            now = max(now, gone[awaited] if awaited >= 0 else 0.0) + FORWARD
+        assert predict(6, kept=copy, num_offloaded=6, num_leaving=num_leaving) == pytest.approx(now + 6 * backward())
+
+
+def test_what_comes_back_late_is_waited_for() -> None:
+    """Blocks 0 and 1 of 3 leave. Block 2 waits for block 0's copy; block 1 is still there when its turn comes back."""
+    copy = 3 * backward()
+    second_begins = FORWARD + copy + FORWARD + backward()  # and block 0 is asked for
+    seconds = predict(3, kept=copy, num_offloaded=2)
+    assert seconds == pytest.approx(second_begins + copy + backward())
+
+
+def test_two_on_their_way_keep_an_uneven_queue_from_stalling() -> None:
+    """Four blocks of five leave, a copy takes a little less than five quarters of a block."""
+    copy = 1.2 * FORWARD
+    one, two = (predict(30, kept=copy, num_offloaded=24, num_leaving=count) for count in (1, 2))
+    assert two < one and two == pytest.approx(30 * (FORWARD + backward()), rel=0.01)
+
+
+def test_a_lean_block_costs_its_work_and_saves_the_link() -> None:
+    copy = 1.5 * FORWARD
+    alike = predict(30, kept=copy, lean=0.1, num_offloaded=30, num_leaving=2)
+    mixed = predict(30, kept=copy, lean=0.1, num_lean=9, num_offloaded=21, num_leaving=2)
+    bound = 30 * (FORWARD + backward()) + 9 * (backward("keep_attention") - backward())
+    assert bound <= mixed < alike
+
+
+def test_weights_that_take_longer_than_the_work_set_the_pace() -> None:
+    """A block's copy begins when a slot is left: with two slots the link is never idle but for the first two."""
+    copy = 3 * FORWARD
+    seconds = predict(20, block=copy, num_resident=0)
+    assert 2 * 17 * copy < seconds < 2 * 20 * copy + 20 * backward()
+    assert predict(20, block=copy, num_resident=10) < seconds
+
+
+def test_both_share_the_way_in() -> None:
+    apart = [predict(20, kept=0.6 * backward(), num_offloaded=20), predict(20, block=0.6 * backward(), num_resident=0)]
+    both = predict(20, kept=0.6 * backward(), block=0.6 * backward(), num_offloaded=20, num_resident=0)
+    assert both > max(apart)
