@@ -1,12 +1,17 @@
 """GPU tests: skipped without CUDA. On a machine with a GPU: `python -m pytest tests/gpu`."""
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+
+from cogtune.adapter import adapter_parameters
+from cogtune.config import OptimizerSettings
+from cogtune.optimization import make_optimizer
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -16,6 +21,41 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU; run `python -m pytest tests/gpu` on one"))
+
+
+@pytest.fixture
+def clean_gpu() -> Iterator[None]:
+    """Nothing compiled and no memory held by the tests before."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    gc.collect()
+    torch.cuda.empty_cache()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def measure_peak() -> Callable[[Any, Callable[[Any], dict[str, torch.Tensor]]], int]:
+    """Peak bytes of adapter steps with AdamW after a first one: `measure_peak(transformer, step)`.
+
+    `step(transformer)` gives the gradients by name.
+    """
+
+    def measure(transformer: Any, step: Callable[[Any], dict[str, torch.Tensor]]) -> int:
+        parameters = adapter_parameters(transformer)
+        optimizer = make_optimizer(list(parameters.values()), OptimizerSettings())
+        for number in range(3):
+            gradients = step(transformer)
+            for name, parameter in parameters.items():
+                parameter.grad = gradients[name]
+            optimizer.step()
+            optimizer.zero_grad()
+            if number == 0:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+
+    return measure
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """8-bit AdamW on a GPU: compiled as not compiled, no wait for the device, a peak near the prediction."""
 
-import gc
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,15 +20,7 @@ DEVICE = torch.device("cuda")
 LAYERS, SIZE = 6, (49, 240, 368)
 CHANGES: dict[str, Any] = {"num_layers": LAYERS, "num_attention_heads": 32}
 SETTINGS = OptimizerSettings(learning_rate=1e-4)
-
-
-@pytest.fixture(autouse=True)
-def _clean() -> Iterator[None]:
-    torch._dynamo.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("clean_gpu")
 
 
 def make(activations: Activations, *, compiled: bool) -> Any:

@@ -3,7 +3,7 @@
 import argparse
 import gc
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,12 +16,11 @@ from cogtune.adapter import adapter_parameters, add_lora
 from cogtune.arrangement import ACTIVATIONS_FAST_TO_SLOW, Activations
 from cogtune.attention import install_attention
 from cogtune.benchmark import memory as memory_bench
-from cogtune.config import AdapterSettings, OptimizerSettings
+from cogtune.config import AdapterSettings
 from cogtune.denoiser import make_rotary
 from cogtune.execution import configure_blocks
 from cogtune.frozen import encode_base, encode_block
 from cogtune.memory import GIB, predict
-from cogtune.optimization import make_optimizer
 from cogtune.random_pipeline import ARCHITECTURES, make_architecture_facts, make_random_on_host
 from cogtune.streaming.blocks import stream_blocks
 from cogtune.weight_codes import WeightKind
@@ -29,15 +28,7 @@ from cogtune.weight_codes import WeightKind
 DEVICE = torch.device("cuda")
 LAYERS, HEADS, SIZE = 8, 16, (49, 240, 368)  # 5B's kind at a third of its width: 226 + 13 x 15 x 23 tokens
 CHANGES = {"num_layers": LAYERS, "num_attention_heads": HEADS}
-
-
-@pytest.fixture(autouse=True)
-def _clean() -> Iterator[None]:
-    torch._dynamo.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("clean_gpu")
 
 
 def make(
@@ -45,6 +36,8 @@ def make(
     *,
     resident: int | None = None,
     offloaded: int = 0,
+    lean: int = 0,
+    leaving: int = 1,
     compiled: bool = True,
     quantized: WeightKind | None = None,
 ) -> Any:
@@ -64,7 +57,10 @@ def make(
         encode_base(transformer, quantized, DEVICE)
     else:
         transformer.to(DEVICE)
-    configure_blocks(transformer, activations, compiled=compiled, has_dropout=False, num_offloaded=offloaded)
+    configure_blocks(
+        transformer, activations, compiled=compiled, has_dropout=False,
+        num_lean=lean, num_offloaded=offloaded, num_leaving=leaving,
+    )  # fmt: skip
     return transformer.train()
 
 
@@ -86,8 +82,10 @@ def step(transformer: Any, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("activations", ACTIVATIONS_FAST_TO_SLOW)
-@pytest.mark.parametrize("resident, offloaded", [(0, LAYERS), (3, 0)])
-def test_streamed_steps_are_near_resident_ones(activations: Activations, resident: int | None, offloaded: int) -> None:
+@pytest.mark.parametrize("resident, offloaded, lean", [(0, LAYERS, 0), (3, 0, 0), (1, 6, 3)])
+def test_streamed_steps_are_near_resident_ones(
+    activations: Activations, resident: int | None, offloaded: int, lean: int
+) -> None:
     """The backward kernel of attention adds up in any order, so that two equal steps differ too: bounded by twice that.
 
     What is right on a CPU bit for bit would here be wrong by far, were a slot overwritten while it is in use.
@@ -97,7 +95,8 @@ def test_streamed_steps_are_near_resident_ones(activations: Activations, residen
     noise = max(deviation(step(plain, 0), expected[0]), 1e-4)
     del plain
     gc.collect()
-    streamed = make(activations, resident=resident, offloaded=offloaded)
+    lean = 0 if activations == "recompute" else lean
+    streamed = make(activations, resident=resident, offloaded=offloaded, lean=lean, leaving=1 + bool(lean))
     for seed, reference in itertools.islice(itertools.cycle(enumerate(expected)), 6):  # turned around many times
         assert deviation(step(streamed, seed), reference) < 4 * noise + 1e-3
 
@@ -110,28 +109,22 @@ def deviation(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -
 
 
 @pytest.mark.parametrize("activations", ["recompute", "keep_attention", "keep_products"])
-@pytest.mark.parametrize("resident, offloaded", [(None, 0), (0, LAYERS), (4, 4)])
-def test_peaks_are_near_the_prediction(activations: Activations, resident: int | None, offloaded: int) -> None:
+@pytest.mark.parametrize("resident, offloaded, lean, leaving", [(None, 0, 0, 1), (0, LAYERS, 0, 1), (4, 4, 2, 2)])
+def test_peaks_are_near_the_prediction(
+    activations: Activations, resident: int | None, offloaded: int, lean: int, leaving: int,
+    measure_peak: Callable[..., int],
+) -> None:  # fmt: skip
+    lean = 0 if activations == "recompute" else lean
     facts = make_architecture_facts("cogvideox-5b", **CHANGES)
-    transformer = make(activations, resident=resident, offloaded=offloaded)
+    transformer = make(activations, resident=resident, offloaded=offloaded, lean=lean, leaving=leaving)
     parameters = adapter_parameters(transformer)
-    optimizer = make_optimizer(list(parameters.values()), OptimizerSettings())
-    for number in range(3):
-        gradients = step(transformer)
-        for name, parameter in parameters.items():
-            parameter.grad = gradients[name]
-        optimizer.step()
-        optimizer.zero_grad()
-        if number == 0:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-    peak = torch.cuda.max_memory_allocated()
+    peak = measure_peak(transformer, step)
     frozen = sum(p.numel() for p in transformer.parameters() if not p.requires_grad)
     block = sum(p.numel() for p in transformer.transformer_blocks[0].parameters() if not p.requires_grad)
     plan = predict(
         facts, activations, num_parameters=frozen, num_trainable=sum(p.numel() for p in parameters.values()),
         tokens=facts.num_tokens(*SIZE), batch_size=1, dtype=torch.bfloat16, num_block_parameters=block,
-        num_resident=resident, num_offloaded=offloaded,
+        num_resident=resident, num_offloaded=offloaded, num_lean=lean, num_leaving=leaving,
     )  # fmt: skip
     assert plan.total / GIB == pytest.approx(peak / GIB, rel=0.07), plan.describe()
 

@@ -3,7 +3,7 @@
 import gc
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +13,14 @@ from test_memory_on_gpu import CHANGES, DEVICE, LAYERS, SIZE, deviation, make, s
 
 from cogtune.adapter import adapter_parameters
 from cogtune.arrangement import ACTIVATIONS_FAST_TO_SLOW, Activations
-from cogtune.config import OptimizerSettings
 from cogtune.memory import GIB, predict
-from cogtune.optimization import make_optimizer
 from cogtune.quantized_linear import QuantizedLinear
 from cogtune.quantized_ways import count_coded
 from cogtune.random_pipeline import make_architecture_facts, make_random_transformer
 from cogtune.weight_codes import WeightKind
 
 BOTH: list[WeightKind] = ["int8", "nf4"]
-
-
-@pytest.fixture(autouse=True)
-def _clean() -> Iterator[None]:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    gc.collect()
-    torch.cuda.empty_cache()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("clean_gpu")
 
 
 @pytest.mark.parametrize("kind", BOTH)
@@ -83,24 +72,16 @@ def test_streamed_steps_are_near_resident_ones(activations: Activations, kind: W
 @pytest.mark.parametrize("kind", BOTH)
 @pytest.mark.parametrize("activations", ACTIVATIONS_FAST_TO_SLOW)
 @pytest.mark.parametrize("resident", [None, 0])
-def test_peaks_are_near_the_prediction(activations: Activations, resident: int | None, kind: WeightKind) -> None:
+def test_peaks_are_near_the_prediction(
+    activations: Activations, resident: int | None, kind: WeightKind, measure_peak: Callable[..., int]
+) -> None:
     """Above all: no decoded weight is kept between the passes."""
     facts = make_architecture_facts("cogvideox-5b", **CHANGES)
     meta = make_random_transformer("cogvideox-5b", seed=0, device=torch.device("meta"), dtype=torch.bfloat16, **CHANGES)
     block = meta.transformer_blocks[0]
     transformer = make(activations, quantized=kind, resident=resident)
     parameters = adapter_parameters(transformer)
-    optimizer = make_optimizer(list(parameters.values()), OptimizerSettings())
-    for number in range(3):
-        gradients = step(transformer)
-        for name, parameter in parameters.items():
-            parameter.grad = gradients[name]
-        optimizer.step()
-        optimizer.zero_grad()
-        if number == 0:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-    peak = torch.cuda.max_memory_allocated()
+    peak = measure_peak(transformer, step)
     plan = predict(
         facts, activations, num_parameters=sum(p.numel() for p in meta.parameters()),
         num_trainable=sum(p.numel() for p in parameters.values()), tokens=facts.num_tokens(*SIZE), batch_size=1,
