@@ -34,7 +34,7 @@ def make_tables(device: torch.device, *, signed: bool) -> tuple[Tensor, Tensor]:
     return values.to(device), ((values[1:] + values[:-1]) / 2).to(device)
 
 
-def quantize(x: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, limits: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
     """Codes uint8 [n] of the nearest values for float32 [n], and float32 scales [n / 256], each block's largest size.
 
     n must be a multiple of 256. A block of zeros has scale zero.
@@ -42,7 +42,30 @@ def quantize(x: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
     blocks = x.view(-1, BLOCK)
     scales = blocks.abs().amax(1)
     parts = blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-    return torch.bucketize(parts, limits, out_int32=True).to(torch.uint8).view(-1), scales
+    return _find_codes(parts, limits, signed=signed).to(torch.uint8).view(-1), scales
+
+
+def _find_codes(parts: Tensor, limits: Tensor, *, signed: bool) -> Tensor:
+    """`torch.bucketize(parts, limits)` for finite parts in [-1, 1]: int32 of their shape.
+
+    A search reads eight limits for each number, one after the other. A decade's values are evenly spaced: the place
+    computed from that is at most one off, which the two limits around it tell.
+    """
+    size = parts.abs()
+    count = torch.full_like(size, 1.0 if signed else 2.0)  # values in the number's decade
+    inside = size * 10.0 ** (_DECADES - 1)  # the number in its decade, from 0.1 to 1
+    for decade in range(1, _DECADES):
+        reached = size >= 10.0 ** (decade - _DECADES)
+        count = torch.where(reached, (1.0 if signed else 2.0) * 2**decade, count)
+        inside = torch.where(reached, size * 10.0 ** (_DECADES - 1 - decade), inside)
+    place = ((inside - 0.1) * (count / 0.9)).to(torch.int32)
+    whole = count.to(torch.int32)
+    before = whole - (1 if signed else 2)  # values of the decades below
+    place = before + torch.minimum(place.clamp(min=0), whole - 1)
+    code = torch.where(parts < 0, 126 - place, 128 + place) if signed else 1 + place
+    above = (parts > limits[code]).to(torch.int32)
+    below = (parts <= limits[(code - 1).clamp(min=0)]).to(torch.int32)
+    return (code + above - below).clamp(min=0)
 
 
 def dequantize(codes: Tensor, scales: Tensor, values: Tensor) -> Tensor:

@@ -78,7 +78,8 @@ def _adamw_8bit(
     square = dequantize(state[2], state[3], root_values).square()
     _adamw(weight, gradient, mean, square, bits, numbers)
     keep = numbers[0] == 0
-    for old, new in zip(state, [*quantize(mean, limits), *quantize(square.sqrt(), root_limits)], strict=True):
+    moments = quantize(mean, limits, signed=True), quantize(square.sqrt(), root_limits, signed=False)
+    for old, new in zip(state, [*moments[0], *moments[1]], strict=True):
         old.copy_(torch.where(keep, old, new))
 
 

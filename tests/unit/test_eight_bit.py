@@ -1,11 +1,12 @@
 """8-bit numbers: how far they are from what was given, and rounding that is right in the mean."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from cogtune.eight_bit import BLOCK, dequantize, make_tables, quantize, round_stochastically
+from cogtune.eight_bit import BLOCK, _find_codes, dequantize, make_tables, quantize, round_stochastically
 
 CPU = torch.device("cpu")
 
@@ -31,7 +32,7 @@ def test_the_error_of_a_round_trip_is_bounded(signed: bool, size: float) -> None
     x = torch.randn(64 * BLOCK, generator=generator) * 10 ** (torch.rand(64 * BLOCK, generator=generator) * -6) * size
     x = x if signed else x.abs()
     values, limits = make_tables(CPU, signed=signed)
-    codes, scales = quantize(x, limits)
+    codes, scales = quantize(x, limits, signed=signed)
     assert codes.dtype == torch.uint8 and scales.shape == (64,)
     error = (dequantize(codes, scales, values) - x).abs() / scales.repeat_interleave(BLOCK)
     part = x.abs() / scales.repeat_interleave(BLOCK)
@@ -43,13 +44,34 @@ def test_the_error_of_a_round_trip_is_bounded(signed: bool, size: float) -> None
     assert error[part > 0.1].max() < (0.008 if signed else 0.004)
 
 
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_codes_are_those_of_a_search(signed: bool, compiled: bool) -> None:
+    """Every limit and value with 500 float32 neighbours to each side, decades' ends, zeros, numbers of all sizes."""
+    values, limits = make_tables(CPU, signed=signed)
+    generator = torch.Generator().manual_seed(0)
+    drawn = 10.0 ** (torch.rand(1 << 20, generator=generator) * -12)
+    around = torch.cat([values, limits, torch.logspace(-9, 0, 10)])
+    steps = torch.arange(-500, 501, dtype=torch.int32)
+    near = (around.view(torch.int32)[:, None] + steps).view(torch.float32).flatten()
+    parts = torch.cat([drawn, near[near.isfinite()], torch.tensor([0.0, -0.0, 1.0, 1e-38, 1e-45])])
+    parts = torch.cat([parts, -parts, -values]) if signed else parts.abs()
+    parts = parts[parts.abs() <= 1]
+    torch._dynamo.reset()
+    find: Callable[..., torch.Tensor] = torch.compile(_find_codes) if compiled else _find_codes
+    expected = torch.bucketize(parts, limits, out_int32=True)
+    assert torch.equal(find(parts, limits, signed=signed), expected)
+    assert len(expected.unique()) == 256
+    torch._dynamo.reset()
+
+
 def test_zeros_and_a_blocks_largest_number_are_exact_the_negative_one_nearly() -> None:
     x = torch.zeros(2 * BLOCK)
     x[3] = -0.7
     values, limits = make_tables(CPU, signed=True)
-    assert torch.allclose(dequantize(*quantize(x, limits), values), x, rtol=8e-3, atol=0)
+    assert torch.allclose(dequantize(*quantize(x, limits, signed=True), values), x, rtol=8e-3, atol=0)
     x[3] = 0.7
-    assert torch.equal(dequantize(*quantize(x, limits), values), x)
+    assert torch.equal(dequantize(*quantize(x, limits, signed=True), values), x)
 
 
 def test_stochastic_rounding_is_unbiased_and_goes_to_a_neighbour_only() -> None:
@@ -86,12 +108,12 @@ def test_a_moving_average_of_squares_stays_near_the_exact_one(beta: float, low: 
     generator = torch.Generator().manual_seed(1)
     values, limits = make_tables(CPU, signed=False)
     sizes = torch.randn(16 * BLOCK, generator=generator).exp()
-    exact, kept = torch.zeros(16 * BLOCK, dtype=torch.float64), quantize(torch.zeros(16 * BLOCK), limits)
+    exact, kept = torch.zeros(16 * BLOCK, dtype=torch.float64), quantize(torch.zeros(16 * BLOCK), limits, signed=False)
     for _ in range(int(6 / (1 - beta))):
         square = (torch.randn(16 * BLOCK, generator=generator) * sizes).square()
         exact = exact * beta + square.double() * (1 - beta)
         root = dequantize(*kept, values)
-        kept = quantize((root.square() * beta + square * (1 - beta)).sqrt(), limits)
+        kept = quantize((root.square() * beta + square * (1 - beta)).sqrt(), limits, signed=False)
     ratio = dequantize(*kept, values) / exact.sqrt()
     assert ratio.quantile(0.05) > low and ratio.quantile(0.95) < high, ratio.quantile(
         torch.tensor([0.05, 0.95]).double()
