@@ -6,7 +6,6 @@ from the folder's own configs, so any CogVideoX-shaped pipeline folder works, al
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXD
 
 from cogtune.errors import UserError
 from cogtune.frame_convolution import use_frame_convolutions
+from cogtune.launch import read_launch
 from cogtune.variants import VARIANTS, SizeRule
 
 COMPONENTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
@@ -301,15 +301,15 @@ def choose_device(wanted: str) -> torch.device:
         )
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    place = os.environ.get("LOCAL_RANK")
+    place = read_launch().local_rank
     if place is None:
         return torch.device("cuda")
-    if int(place) >= torch.cuda.device_count():
+    if place >= torch.cuda.device_count():
         raise UserError(
             f"process {place} of this node has no GPU, there are {torch.cuda.device_count()}; start one for each GPU"
         )
-    torch.cuda.set_device(int(place))  # else all of them would plan on the first GPU, and keep memory there
-    return torch.device("cuda", int(place))
+    torch.cuda.set_device(place)  # else all of them would plan on the first GPU, and keep memory there
+    return torch.device("cuda", place)
 
 
 def choose_dtype(wanted: str, facts: ModelFacts, device: torch.device) -> torch.dtype:
