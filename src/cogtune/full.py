@@ -32,13 +32,15 @@ class TrainedModel:
         *,
         export_dtype: torch.dtype,
         on_host: bool = False,
-        in_float32: bool = True,
+        weights_dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
         trained: Collection[str] | None = None,
     ) -> None:
-        """`on_host`: the weights stay there and the `device` computes with copies of the precision `export_dtype`;
-        not `in_float32`: the weights themselves are bfloat16. `trained`: the names of those that are; default: all."""
-        self.transformer = transformer.float() if in_float32 else transformer.bfloat16()
+        """`on_host`: the weights stay there and the `device` computes with copies of the precision `export_dtype`.
+        `weights_dtype`: what the weights are put into, which may be on the meta device. `trained`: the names of those
+        that are; default: all."""
+        torch.nn.Module.to(transformer, weights_dtype)  # diffusers' own `to` warns, of nothing
+        self.transformer = transformer
         for name, parameter in transformer.named_parameters():
             parameter.requires_grad_(trained is None or name in trained)
             # Vectors, which are next to nothing, stay as exact as in a full fine-tuning: norms compute in float32.

@@ -1,4 +1,4 @@
-"""What the launcher (torchrun, `accelerate launch`) says of this process's place, in the environment. Read here alone."""
+"""What the launcher (torchrun, `accelerate launch`) says of this process: variables that are read here alone."""
 
 import os
 from collections.abc import Mapping

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
 
 from cogtune.errors import UserError
@@ -327,6 +328,23 @@ def load_transformer(facts: ModelFacts, dtype: torch.dtype) -> CogVideoXTransfor
     model = CogVideoXTransformer3DModel.from_pretrained(
         facts.folder / "transformer", torch_dtype=dtype, use_safetensors=True
     )
+    return model.requires_grad_(False).eval()
+
+
+def make_empty_transformer(facts: ModelFacts, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
+    """What `load_transformer` gives, its parameters on the meta device, to be read later (`shards.filling`)."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # as diffusers does: buffers are computed in it
+    try:
+        with init_empty_weights():
+            model = CogVideoXTransformer3DModel.from_config(facts.transformer_config)
+    finally:
+        torch.set_default_dtype(before)
+    assert isinstance(model, CogVideoXTransformer3DModel)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:  # what files hold is rounded; computed ones are float64
+                setattr(module, name, buffer.to(dtype))
     return model.requires_grad_(False).eval()
 
 

@@ -18,6 +18,7 @@ from cogtune.float8 import check_float8_device
 from cogtune.frozen import count_float8_parameters
 from cogtune.ladder import choose_rung, describe_rungs, list_rungs, sort_rungs
 from cogtune.launch import read_launch
+from cogtune.loading import Loading, plan_loading
 from cogtune.machine import Machine, measure_machine
 from cogtune.memory import (
     EMA_BYTES,
@@ -79,6 +80,11 @@ class TrainingPlan(DataPlan):
         return there and not self.full and self.config.train.prior_target != "clip"
 
     @property
+    def loading(self) -> Loading:
+        """How the transformer's weights come from their files."""
+        return plan_loading(self.facts, self.memory, self.strategy, self.dtype, full=self.full)
+
+    @property
     def global_batch(self) -> int:
         """Samples in one optimizer step."""
         train = self.config.train
@@ -106,6 +112,7 @@ class TrainingPlan(DataPlan):
             "strategy": self.strategy.describe(),
             "steps": f"{config.train.max_steps:,} = {samples:,} samples = {samples / epoch:.1f} epochs",
             "memory": f"{self.memory.describe()}; free: {free}",
+            "loading": self.loading.describe(),
             "compiled": "each block" if self.compiled else "no",
             "output": str(config.output_dir),
         }

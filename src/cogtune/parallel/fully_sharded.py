@@ -23,6 +23,7 @@ from cogtune.optimization import StepGuard
 from cogtune.parallel.engine import Engine
 from cogtune.parallel.strategy import Strategy
 from cogtune.saving import keys_by_parameter
+from cogtune.shards.filling import move_filled
 from cogtune.shards.pieces import local_part
 
 
@@ -37,7 +38,8 @@ def make_mesh(strategy: Strategy, device: torch.device) -> DeviceMesh:
 def shard_transformer(
     transformer: Any, strategy: Strategy, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype, *, full: bool
 ) -> None:
-    """Divides a transformer in place, block by block, so that the device never holds more than one whole block.
+    """Divides a transformer in place, block by block, so that the device never holds more than one whole block. An
+    empty one (`shards.filling`) stays empty.
 
     Frozen models with an adapter: the adapter's weights come to the device whole. `full`: the model's own weights, or
     some of them, are trained in float32 and computed with in `dtype`.
@@ -52,11 +54,11 @@ def shard_transformer(
         "ignored_params": adapter,
     }
     for block in transformer.transformer_blocks:
-        block.to(device)
+        move_filled(block, device)
         fully_shard(block, reshard_after_forward=strategy.reshard, **options)
     for name, child in transformer.named_children():
         if name != "transformer_blocks":
-            child.to(device)
+            move_filled(child, device)
     # The root too gives its weights back: what is put into the parts between two passes is then seen by the next one.
     fully_shard(transformer, reshard_after_forward=True, **options)
     if strategy.offload_weights:

@@ -3,8 +3,8 @@
 import pytest
 
 from cogtune.errors import UserError
-from cogtune.launch import Launch
 from cogtune.generation_options import parse_generation
+from cogtune.launch import Launch
 from cogtune.parallel.videos import VideoRanks, plan_ranks
 
 BASIC = ["--model", "tiny", "--prompt", "a", "--output", "o.mp4"]
