@@ -281,11 +281,8 @@ def _add_training(
     has_ema = config.train.ema_decay is not None
     saved_bytes = count_saved_bytes(num_trainable, eight_bit=memory.eight_bit, has_ema=has_ema)
     saved_bytes //= strategy.num_processes
-    # DeepSpeed's parts are gathered on one process.
-    beside = (
-        full
-        and not strategy.is_deepspeed
-        and decide_asynchronous(config.checkpoint, num_bytes=saved_bytes, other_bytes=memory.host, free_host=free_host)
+    beside = full and decide_asynchronous(
+        config.checkpoint, num_bytes=saved_bytes, other_bytes=memory.host, free_host=free_host
     )
     return TrainingPlan(
         **vars(data),

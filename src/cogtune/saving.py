@@ -18,6 +18,7 @@ from cogtune.checkpoint import CheckpointFolder
 from cogtune.ema import Ema
 from cogtune.errors import UserError
 from cogtune.formats.tensors import Tensors, hold
+from cogtune.shards.parts import ParameterParts, Parts
 from cogtune.shards.stored import StoredTensors
 
 OPTIMIZER = "optimizer.safetensors"
@@ -53,9 +54,8 @@ class Store(Protocol):
     on others maybe nothing; it may be the memory that is trained, so it is used before the next step.
     """
 
-    in_place: bool
-    """Whether `optimizer.state` has each parameter's state, whole or as `DTensor`s as the parameter: `shards` saves and
-    reads both where they are. Otherwise the `WholeSaver` does, through the methods here."""
+    parts: Parts
+    """What this process has of all that, where it is: `shards` saves and reads it there."""
 
     def read_weights(self) -> dict[str, Tensor]:
         """The weights, in the precision that they are trained in."""
@@ -105,8 +105,6 @@ class Saver(Protocol):
 class DeviceStore:
     """Weights and state that are whole on this process's device, or host."""
 
-    in_place = True
-
     def __init__(
         self,
         parameters: dict[str, torch.nn.Parameter],
@@ -115,7 +113,8 @@ class DeviceStore:
         host: Any = None,
         is_main: bool = True,
     ) -> None:
-        self._parameters, self._optimizer, self._host, self._is_main = parameters, optimizer, host, is_main
+        self._parameters, self._optimizer, self._is_main = parameters, optimizer, is_main
+        self.parts: Parts = ParameterParts(parameters, optimizer, publish=None if host is None else host.publish_all)
 
     def read_weights(self) -> dict[str, Tensor]:
         """`Store.read_weights`."""
@@ -148,8 +147,7 @@ class DeviceStore:
         """`Store.write_weights`."""
         for name, parameter in self._parameters.items():
             parameter.copy_(weights.read(name))
-        if self._host is not None:
-            self._host.publish_all()
+        self.parts.publish()
 
     def write_optimizer(self, state: Tensors) -> None:
         """`Store.write_optimizer`; on each parameter's device."""
@@ -171,7 +169,7 @@ def keys_by_parameter(state: Tensors, parameters: Mapping[str, object]) -> dict[
 
 
 class WholeSaver:
-    """Checkpoints of whole tensors, which the main process writes; what is in shards is gathered there."""
+    """Checkpoints of whole tensors, an adapter's, which the main process writes; what is divided is gathered there."""
 
     def __init__(
         self, accelerator: Accelerator, checkpoints: CheckpointFolder, saved: Saved, store: Store, ema: Ema | None
@@ -182,7 +180,11 @@ class WholeSaver:
     def save(self, step: int, state: dict[str, Any]) -> None:
         """`Saver.save`."""
         weights, moments = self._store.read_weights(), self._store.read_optimizer()
-        averages = {} if self._ema is None else self._ema.read()
+        averages: dict[str, Tensor] = {}
+        if self._ema is not None:
+            with self._ema.swapped_in():
+                # What is read may be the memory that the average leaves again.
+                averages = {name: tensor.clone() for name, tensor in self._store.read_weights().items()}
 
         def write(folder: Path) -> None:
             self._saved.save(folder, weights, trained=step > 0)

@@ -34,6 +34,7 @@ from cogtune.launch import read_launch
 from cogtune.models import choose_device
 from cogtune.optimization import make_optimizer
 from cogtune.random_pipeline import ARCHITECTURES
+from cogtune.shards.parts import ParameterParts
 from cogtune.shards.pieces import local_part
 from cogtune.shards.ranks import Ranks
 from cogtune.shards.saver import ShardedSaver, ShardedState
@@ -78,7 +79,7 @@ class Measurement:
             self.optimizer.state[parameter] = {"step": torch.ones((), device=self.device), **moments}
         averaged = arguments.ema != "off"
         self.ema = Ema(self.parameters, 0.999, on_host=arguments.ema == "host") if averaged else None
-        self.state = ShardedState(self.parameters, self.optimizer, self.ema, self.ranks)
+        self.state = ShardedState(ParameterParts(self.parameters, self.optimizer), self.ema, self.ranks)
         self.folder = CheckpointFolder(arguments.folder, keep_last=1)
         writer = CheckpointWriter(self.folder, self.ranks, asynchronous=arguments.asynchronous == "on")
         self.saver = ShardedSaver(self.state, writer)

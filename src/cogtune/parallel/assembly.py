@@ -77,7 +77,7 @@ def make_engine(accelerator: Accelerator, plan: TrainingPlan, trained: Any, mesh
     if mesh is not None:
         optimizer = make_optimizer(group_parameters(parameters, settings), settings)
         sharded = ShardedStepGuard(device, mesh, use_loss_scale=use_scale, max_grad_norm=settings.max_grad_norm)
-        store = ShardedStore(parameters, optimizer, is_main=is_main)
+        store = ShardedStore(trained.transformer, parameters, optimizer, is_main=is_main)
         return make_sharded_engine(accelerator, trained.transformer, optimizer, sharded, store)
     if plan.strategy.is_deepspeed:
         return make_deepspeed_engine(

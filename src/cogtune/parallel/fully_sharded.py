@@ -7,6 +7,7 @@ process, and their gradients are averaged in one go after the last pass of a ste
 """
 
 import contextlib
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +25,7 @@ from cogtune.parallel.engine import Engine
 from cogtune.parallel.strategy import Strategy
 from cogtune.saving import keys_by_parameter
 from cogtune.shards.filling import move_filled
+from cogtune.shards.parts import ParameterParts, Parts
 from cogtune.shards.pieces import local_part
 
 
@@ -111,10 +113,16 @@ class ShardedStepGuard(StepGuard):
 class ShardedStore:
     """A `saving.Store` of parts, and of an adapter's whole weights. Tensors are gathered one after another."""
 
-    in_place = True
-
-    def __init__(self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, *, is_main: bool) -> None:
+    def __init__(
+        self,
+        transformer: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        *,
+        is_main: bool,
+    ) -> None:
         self._parameters, self._optimizer, self._is_main = parameters, optimizer, is_main
+        self.parts: Parts = ParameterParts(parameters, optimizer, publish=partial(give_back, transformer))
 
     def _read(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         found = {}
@@ -143,6 +151,7 @@ class ShardedStore:
         """`Store.write_weights`; each process takes its part of what it reads."""
         for name, parameter in self._parameters.items():
             local_part(parameter).copy_(_cut(parameter, weights.read(name)))
+        self.parts.publish()
 
     @torch.no_grad()
     def write_optimizer(self, state: Tensors) -> None:
