@@ -225,8 +225,8 @@ class Run:
         return finished
 
     def _make_saver(self, trained: Trained, engine: Engine) -> Saver:
-        if not trained.in_shards:
-            return WholeSaver(self.accelerator, self.checkpoints, trained, engine.store, self._ema)
+        if trained.files is not None:
+            return WholeSaver(self.accelerator, self.checkpoints, trained.files, engine.store, self._ema)
         state = ShardedState(engine.store.parts, self._ema, self._ranks)
         writer = CheckpointWriter(self.checkpoints, self._ranks, asynchronous=self.plan.saves_beside_training)
         return ShardedSaver(state, writer)
@@ -271,7 +271,7 @@ class Run:
         """Writes `final/` and the report on the main process."""
         assert self._store is not None and self._newest is not None, "a run is trained before it is finished"
         enter("writing the final weights")
-        weights = read_final_weights(trained, self._store, self._ema, self._newest)
+        weights = read_final_weights(self._store, self._ema, self._newest, in_shards=trained.files is None)
         if self.accelerator.is_main_process:
             final, partial = self.folder / "final", self.folder / ".partial-final"
             shutil.rmtree(partial, ignore_errors=True)

@@ -25,18 +25,8 @@ OPTIMIZER = "optimizer.safetensors"
 EMA = "ema.safetensors"
 
 
-class Saved(Protocol):
-    """The files of what is trained: an adapter's or a model's."""
-
-    host: Any
-    """Weights in host memory (`host_training.HostWeights`), or None."""
-
-    in_shards: bool
-    """Whether checkpoints are written by all processes, beside training (`shards`), where the `Store` lets them."""
-
-    def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """The trained parameters by name."""
-        ...
+class AdapterFiles(Protocol):
+    """An adapter's own files, which checkpoints hold whole."""
 
     def save(self, folder: Path, weights: Mapping[str, Tensor], *, trained: bool) -> None:
         """Writes the trained weights, given by parameter, and what a user needs to use them."""
@@ -172,10 +162,15 @@ class WholeSaver:
     """Checkpoints of whole tensors, an adapter's, which the main process writes; what is divided is gathered there."""
 
     def __init__(
-        self, accelerator: Accelerator, checkpoints: CheckpointFolder, saved: Saved, store: Store, ema: Ema | None
+        self,
+        accelerator: Accelerator,
+        checkpoints: CheckpointFolder,
+        files: AdapterFiles,
+        store: Store,
+        ema: Ema | None,
     ) -> None:
         self._accelerator, self._checkpoints = accelerator, checkpoints
-        self._saved, self._store, self._ema = saved, store, ema
+        self._files, self._store, self._ema = files, store, ema
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """`Saver.save`."""
@@ -187,7 +182,7 @@ class WholeSaver:
                 averages = {name: tensor.clone() for name, tensor in self._store.read_weights().items()}
 
         def write(folder: Path) -> None:
-            self._saved.save(folder, weights, trained=step > 0)
+            self._files.save(folder, weights, trained=step > 0)
             save_file(moments, folder / OPTIMIZER)
             if averages:
                 save_file(averages, folder / EMA)
@@ -209,19 +204,19 @@ class WholeSaver:
     def load(self, folder: Path) -> None:
         """`Saver.load`, from shards too."""
         stored = StoredTensors(folder)
-        self._store.write_weights(self._saved.read(folder))
+        self._store.write_weights(self._files.read(folder))
         self._store.write_optimizer(stored.group("optimizer"))
         if self._ema is not None:
             averages = stored.group("ema")
             self._ema.write({name: averages.read(name) for name in averages.specs})
 
 
-def read_final_weights(saved: Saved, store: Store, ema: Ema | None, newest: Path) -> Tensors:
+def read_final_weights(store: Store, ema: Ema | None, newest: Path, *, in_shards: bool) -> Tensors:
     """What `final/` gets, averaged where that is on; every process calls it.
 
-    A whole model's are read from the newest checkpoint tensor by tensor, so that no process holds them all.
+    `in_shards`: they are read from the newest checkpoint tensor by tensor, so that no process holds them all.
     """
-    if saved.in_shards:
+    if in_shards:
         return StoredTensors(newest).group("weights" if ema is None else "ema")
     with contextlib.nullcontext() if ema is None else ema.swapped_in():
         # An adapter is small; what is read may be the memory that the average leaves again.
