@@ -28,7 +28,7 @@ def check_on_rank(rank: int, world_size: int, folder: Path, store: str) -> None:
 
     deepspeed.comm.torch.build_shm_op = lambda: None  # compiled for speed on a CPU; gloo does without
     dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
-    for kind, offload in (("zero1", False), ("zero1", True), ("zero2", False), ("zero3", False)):
+    for kind, offload in (("zero1", False), ("zero1", True), ("zero2", False), ("zero3", False), ("zero3", True)):
         check(kind, rank, world_size, folder, offload=offload)
     dist.destroy_process_group()
 
@@ -44,7 +44,8 @@ def check(kind: Any, rank: int, world_size: int, folder: Path, *, offload: bool)
     model = TrainedModel(
         transformer, facts, "", export_dtype=torch.bfloat16, weights_dtype=torch.bfloat16, trained=set(names)
     )
-    strategy = Strategy(kind, world_size, world_size, offload_optimizer=offload)
+    away = offload and kind == "zero3"
+    strategy = Strategy(kind, world_size, world_size, offload_optimizer=offload, offload_weights=away)
     accelerator: Any = SimpleNamespace(device=CPU, is_main_process=rank == 0)
     engine = make_deepspeed_engine(
         accelerator,
