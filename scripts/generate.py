@@ -9,9 +9,10 @@ Several prompts, seeds or both give several files: out-00-1.mp4, out-00-2.mp4, .
 
 from cogtune.errors import run_command
 from cogtune.generation_options import check_files, describe_inputs, make_requests, output_path, parse_generation
+from cogtune.launch import read_launch
 from cogtune.machine import avoid_fragments
 from cogtune.models import choose_device, find_folder, read_facts
-from cogtune.parallel.videos import plan_ranks, read_ranks, started_ranks
+from cogtune.parallel.videos import plan_ranks, started_ranks
 from cogtune.sampling import set_up
 from cogtune.video import write_video
 from cogtune.video_request import check_request
@@ -28,7 +29,7 @@ def main() -> None:
     for request in requests:
         check_request(request, facts, allow_unsupported_size=options.allow_unsupported_size)
     ranks = plan_ranks(
-        options.gpus_per_video, num_videos=len(requests), guided=options.may_part_guidance, processes=read_ranks()
+        options.gpus_per_video, num_videos=len(requests), guided=options.may_part_guidance, launch=read_launch()
     )
     if ranks.teams.rank == 0:
         for line in [*describe_inputs(requests), *ranks.describe()]:

@@ -9,7 +9,6 @@ from cogtune.agreement import agree_on_plan
 from cogtune.cli import parse_run
 from cogtune.errors import run_command
 from cogtune.model_card import make_adapter_card
-from cogtune.models import load_transformer
 from cogtune.plan import make_adapter_plan
 from cogtune.preparation import encode_data
 from cogtune.run import Run, derive_init_seed, exit_after_signal, start_accelerator
@@ -30,7 +29,7 @@ def main() -> None:
     accelerator.print(plan.describe())
     run = Run(plan, accelerator, encode_data(plan, accelerator))
 
-    transformer = load_transformer(plan.facts, plan.dtype)
+    transformer = plan.loading.load(plan.facts)
     add_lora(transformer, config.adapter, seed=derive_init_seed(config))
     card = make_adapter_card(
         config,

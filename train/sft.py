@@ -4,14 +4,11 @@ accelerate launch train/sft.py --config configs/sft/cogvideox-2b.yaml --data.man
 python train/sft.py --config ...                      the same on one device
 """
 
-import torch
-
 from cogtune.agreement import agree_on_plan
 from cogtune.cli import parse_run
 from cogtune.errors import run_command
 from cogtune.full import TrainedModel
 from cogtune.model_card import make_model_card
-from cogtune.models import load_transformer
 from cogtune.plan import make_full_plan
 from cogtune.preparation import encode_data
 from cogtune.run import Run, exit_after_signal, start_accelerator
@@ -40,12 +37,12 @@ def main() -> None:
         eight_bit=plan.memory.eight_bit,
     )
     model = TrainedModel(
-        load_transformer(plan.facts, plan.dtype if plan.memory.eight_bit else torch.float32),
+        plan.loading.load(plan.facts),
         plan.facts,
         card,
         export_dtype=plan.dtype,
         on_host=plan.memory.on_host,
-        in_float32=not plan.memory.eight_bit,
+        weights_dtype=plan.loading.dtype,
         device=accelerator.device,
         trained=set(plan.trained_names),
     )

@@ -257,7 +257,10 @@ class TrainedAdapter:
         self._keys = {name: keys[id(parameter)] for name, parameter in own.items()}  # PEFT's, by parameter
         self._shapes = {keys[id(p)]: tuple(p.shape) for p in own.values()}  # before any is sharded
 
-    in_shards = False
+    @property
+    def files(self) -> "TrainedAdapter":
+        """Checkpoints hold the adapter's own files."""
+        return self
 
     def base(self) -> contextlib.AbstractContextManager[None]:
         """The transformer is the base model inside."""

@@ -1,8 +1,8 @@
 """An exponential moving average of the trained weights, float32, used for validation and for the final weights.
 
-Each process averages what it has of the weights. The average is on the device (an update reads and writes 12 bytes a
-weight there), or on the host: then weights leave in pieces while the next step computes, a thread takes them in, and
-the device has no copy. Both ways compute the same expression.
+Each process averages what it has of the weights, whatever divides them. The average is where they are (on a device, an
+update reads and writes 12 bytes a weight there), or on the host: then weights leave in pieces while the next step
+computes, a thread takes them in, and the device has no copy. Both ways compute the same expression.
 """
 
 import contextlib
@@ -14,7 +14,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from cogtune.shards.pieces import Piece, find_piece, local_part
 from cogtune.streaming.host import HostBuffer
@@ -26,13 +25,15 @@ CHUNK_NUMBERS = 1 << 24
 class Ema:
     """Follows the parameters; early on with a shorter memory, so that the random start is forgotten."""
 
-    def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float, *, on_host: bool = False) -> None:
-        """`on_host`: the average is kept and updated in host memory; call `wait` before the weights change."""
-        self._parameters, self._decay = parameters, decay
-        first = [local_part(p.detach()) for p in parameters.values()]
+    @torch.no_grad()
+    def __init__(self, weights: Mapping[str, Tensor | Piece], decay: float, *, on_host: bool = False) -> None:
+        """`weights`: as `shards.parts.Parts` has them. `on_host`: the average is kept and updated in host memory; call
+        `wait` before the weights change."""
+        self._weights, self._decay = weights, decay
+        first = [local_part(weight) for weight in weights.values()]
         self._average = {
             name: part.to("cpu" if on_host else part.device, torch.float32, copy=True)
-            for name, part in zip(parameters, first, strict=True)
+            for name, part in zip(weights, first, strict=True)
         }
         devices = {part.device for part in first if part.device.type == "cuda"}
         self._device = devices.pop() if devices else None
@@ -48,7 +49,7 @@ class Ema:
     def update(self, step: int) -> None:
         """Takes in the weights after optimizer step `step` (counted from 1)."""
         weight = 1.0 - min(self._decay, (1 + step) / (10 + step))
-        current = [local_part(p.detach()) for p in self._parameters.values()]
+        current = [local_part(weight) for weight in self._weights.values()]
         averages = list(self._average.values())
         if self._thread is None:
             torch._foreach_lerp_(averages, [part.float() for part in current], weight)
@@ -96,7 +97,7 @@ class Ema:
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """The averaged weights are the model's inside."""
+        """The averaged weights are where the weights are inside; `Parts.publish` is to follow both ways."""
         self._exchange()
         try:
             yield
@@ -106,8 +107,8 @@ class Ema:
     @torch.no_grad()
     def _exchange(self) -> None:
         self.wait()
-        for name, parameter in self._parameters.items():
-            part = local_part(parameter.detach())
+        for name, weight in self._weights.items():
+            part = local_part(weight)
             own = part.clone()
             part.copy_(self._average[name])
             self._average[name].copy_(own)
@@ -116,27 +117,13 @@ class Ema:
         """This process's part of the average by `ema.<name>`, sharing its memory."""
         self.wait()
         found = {}
-        for name, parameter in self._parameters.items():
-            place = find_piece(f"ema.{name}", parameter, rank=rank, world_size=world_size)
+        for name, weight in self._weights.items():
+            place = find_piece(f"ema.{name}", weight, rank=rank, world_size=world_size)
             found[place.name] = replace(place, data=self._average[name].view(-1))
         return found
 
-    def read(self) -> dict[str, Tensor]:
-        """The whole average in host memory, perhaps sharing it; where weights are sharded, every process calls it."""
-        self.wait()
-        whole = {}
-        for name, parameter in self._parameters.items():
-            average = self._average[name]
-            if isinstance(parameter, DTensor):
-                mesh, placements = parameter.device_mesh, parameter.placements
-                shape, stride = parameter.shape, parameter.stride()
-                part = average.to(mesh.device_type)
-                average = DTensor.from_local(part, mesh, placements, shape=shape, stride=stride).full_tensor()
-            whole[name] = average.cpu().contiguous()
-        return whole
-
     def write(self, whole: Mapping[str, Tensor]) -> None:
-        """Puts back what `read` gave."""
+        """Puts a whole average back, each process its part of it."""
         for piece in self.pieces().values():
             piece.data.copy_(whole[piece.name.removeprefix("ema.")].reshape(-1)[piece.start : piece.stop])
 

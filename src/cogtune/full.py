@@ -4,21 +4,16 @@ The float32 weights are on the device, or on the host where the device only comp
 optimizer state there are none: the weights themselves are bfloat16 (`eight_bit_adamw`).
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
-from safetensors.torch import save_file
 
-from cogtune.errors import UserError
 from cogtune.formats.pipeline_folder import open_component, write_pipeline
 from cogtune.formats.tensors import Tensors, cast, overlay
 from cogtune.host_training import HostWeights
 from cogtune.models import ModelFacts
-from cogtune.shards.stored import StoredTensors
-
-WEIGHTS_NAME = "weights.safetensors"
 
 
 class TrainedModel:
@@ -32,26 +27,26 @@ class TrainedModel:
         *,
         export_dtype: torch.dtype,
         on_host: bool = False,
-        in_float32: bool = True,
+        weights_dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
         trained: Collection[str] | None = None,
     ) -> None:
-        """`on_host`: the weights stay there and the `device` computes with copies of the precision `export_dtype`;
-        not `in_float32`: the weights themselves are bfloat16. `trained`: the names of those that are; default: all."""
-        self.transformer = transformer.float() if in_float32 else transformer.bfloat16()
+        """`on_host`: the weights stay there and the `device` computes with copies of the precision `export_dtype`.
+        `weights_dtype`: what the weights are put into, which may be on the meta device. `trained`: the names of those
+        that are; default: all."""
+        torch.nn.Module.to(transformer, weights_dtype)  # diffusers' own `to` warns, of nothing
+        self.transformer = transformer
         for name, parameter in transformer.named_parameters():
             parameter.requires_grad_(trained is None or name in trained)
             # Vectors, which are next to nothing, stay as exact as in a full fine-tuning: norms compute in float32.
             if not parameter.requires_grad and parameter.ndim > 1:
                 parameter.data = parameter.data.to(export_dtype)
-        own = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
-        self._shapes = {name: tuple(p.shape) for name, p in own.items()}  # before any is sharded
         self._facts, self._card = facts, model_card
         self._export_dtype = export_dtype
         self.host = HostWeights(transformer, export_dtype, device or torch.device("cpu")) if on_host else None
 
     base = None  # no copy of the weights as they were is kept
-    in_shards = True
+    files = None
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """Every trained parameter by name."""
@@ -62,20 +57,6 @@ class TrainedModel:
     def initial(self) -> Tensors | None:
         """The weights of the base model's files, in their precision."""
         return open_component(self._facts.folder, "transformer")[1]
-
-    def save(self, folder: Path, weights: Mapping[str, torch.Tensor], *, trained: bool) -> None:
-        """The weights, for resuming."""
-        del trained  # there is no empty model to guard against
-        save_file(dict(weights), folder / WEIGHTS_NAME)
-
-    def read(self, folder: Path) -> Tensors:
-        """The weights of a checkpoint; strict about names and shapes."""
-        saved = StoredTensors(folder).group("weights")
-        own, found = self._shapes, {name: spec.shape for name, spec in saved.specs.items()}
-        wrong = sorted(set(own) ^ set(found)) or [name for name in own if own[name] != found[name]]
-        if wrong:
-            raise UserError(f"{folder}: the saved weights differ from the model's at {wrong[0]} ({len(wrong)} tensors)")
-        return saved
 
     def export(self, folder: Path, weights: Tensors) -> None:
         """A pipeline folder that stock diffusers loads: the trained transformer in the run's precision, the base

@@ -238,8 +238,12 @@ def predict(
         sizes = Sizes(num_parameters, num_trainable, num_block_parameters, facts.num_layers, full=full)
         divided = count_footprint(strategy, sizes, size)
         weights, trainable, host = divided.weights, divided.trained, divided.host
-        # Each process averages its part; whole copies under ZeRO 1 and 2, where the average is refused.
-        ema_bytes = -(-ema_bytes // strategy.num_shards)
+        # Each process averages what it has, where that is; an adapter is whole everywhere under FSDP2.
+        if full or strategy.is_deepspeed:
+            ema_bytes = -(-ema_bytes // strategy.num_shards)
+        away = strategy.offload_optimizer or (full and strategy.is_fsdp and strategy.offload_weights)
+        if away and not ema_on_host:
+            host, ema_bytes = host + ema_bytes, 0
     trainable += 0 if ema_on_host else ema_bytes
     host += ema_bytes + EMA_STAGING_BYTES if ema_on_host else 0
     encoding = int(ENCODER_UNITS * batch_size * image_pixels * ENCODER_CHANNELS * size) if num_encoder else 0

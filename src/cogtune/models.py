@@ -6,16 +6,17 @@ from the folder's own configs, so any CogVideoX-shaped pipeline folder works, al
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
 
 from cogtune.errors import UserError
 from cogtune.frame_convolution import use_frame_convolutions
+from cogtune.launch import read_launch
 from cogtune.variants import VARIANTS, SizeRule
 
 COMPONENTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
@@ -301,15 +302,15 @@ def choose_device(wanted: str) -> torch.device:
         )
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    place = os.environ.get("LOCAL_RANK")
+    place = read_launch().local_rank
     if place is None:
         return torch.device("cuda")
-    if int(place) >= torch.cuda.device_count():
+    if place >= torch.cuda.device_count():
         raise UserError(
             f"process {place} of this node has no GPU, there are {torch.cuda.device_count()}; start one for each GPU"
         )
-    torch.cuda.set_device(int(place))  # else all of them would plan on the first GPU, and keep memory there
-    return torch.device("cuda", int(place))
+    torch.cuda.set_device(place)  # else all of them would plan on the first GPU, and keep memory there
+    return torch.device("cuda", place)
 
 
 def choose_dtype(wanted: str, facts: ModelFacts, device: torch.device) -> torch.dtype:
@@ -327,6 +328,23 @@ def load_transformer(facts: ModelFacts, dtype: torch.dtype) -> CogVideoXTransfor
     model = CogVideoXTransformer3DModel.from_pretrained(
         facts.folder / "transformer", torch_dtype=dtype, use_safetensors=True
     )
+    return model.requires_grad_(False).eval()
+
+
+def make_empty_transformer(facts: ModelFacts, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
+    """What `load_transformer` gives, its parameters on the meta device, to be read later (`shards.filling`)."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # as diffusers does: buffers are computed in it
+    try:
+        with init_empty_weights():
+            model = CogVideoXTransformer3DModel.from_config(facts.transformer_config)
+    finally:
+        torch.set_default_dtype(before)
+    assert isinstance(model, CogVideoXTransformer3DModel)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:  # what files hold is rounded; computed ones are float64
+                setattr(module, name, buffer.to(dtype))
     return model.requires_grad_(False).eval()
 
 

@@ -1,12 +1,12 @@
 """Where full fine-tuning can keep its weights and its optimizer's state, and what each way can't go with."""
 
-import os
 from typing import Any
 
 import torch
 
 from cogtune.config import RunConfig
 from cogtune.errors import UserError
+from cogtune.launch import read_launch
 
 _WAYS: dict[str, dict[str, Any]] = {"device": {}, "8bit": {"eight_bit": True}, "host": {"on_host": True}}
 """Each value of memory.optimizer as an argument of `memory.predict`."""
@@ -67,7 +67,7 @@ def _only_after_the_backward_pass(config: RunConfig) -> dict[str, bool]:
         "train.gradient_accumulation_steps must be 1": config.train.gradient_accumulation_steps > 1,
         "train.ema_decay must be null": config.train.ema_decay is not None,
         "train.cuda_graph must be false": config.train.cuda_graph,
-        "it needs one process": int(os.environ.get("WORLD_SIZE", "1")) > 1,
+        "it needs one process": read_launch().num_processes > 1,
     }
 
 

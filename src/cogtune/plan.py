@@ -17,6 +17,8 @@ from cogtune.errors import UserError
 from cogtune.float8 import check_float8_device
 from cogtune.frozen import count_float8_parameters
 from cogtune.ladder import choose_rung, describe_rungs, list_rungs, sort_rungs
+from cogtune.launch import read_launch
+from cogtune.loading import Loading, plan_loading
 from cogtune.machine import Machine, measure_machine
 from cogtune.memory import (
     EMA_BYTES,
@@ -34,6 +36,7 @@ from cogtune.parallel.compatibility import check_strategy
 from cogtune.parallel.shared_samples import check_context, kept_by_exchange
 from cogtune.parallel.strategy import Strategy, read_strategy
 from cogtune.quantized_ways import check_quantized_base, list_base_ways
+from cogtune.recorded_pass import check_cuda_graph
 from cogtune.shards.plan import count_saved_bytes, decide_asynchronous
 from cogtune.step_time import BlockTimes, predict_seconds
 from cogtune.streaming.host import free_host_bytes
@@ -77,6 +80,11 @@ class TrainingPlan(DataPlan):
         return there and not self.full and self.config.train.prior_target != "clip"
 
     @property
+    def loading(self) -> Loading:
+        """How the transformer's weights come from their files."""
+        return plan_loading(self.facts, self.memory, self.strategy, self.dtype, full=self.full)
+
+    @property
     def global_batch(self) -> int:
         """Samples in one optimizer step."""
         train = self.config.train
@@ -104,6 +112,7 @@ class TrainingPlan(DataPlan):
             "strategy": self.strategy.describe(),
             "steps": f"{config.train.max_steps:,} = {samples:,} samples = {samples / epoch:.1f} epochs",
             "memory": f"{self.memory.describe()}; free: {free}",
+            "loading": self.loading.describe(),
             "compiled": "each block" if self.compiled else "no",
             "output": str(config.output_dir),
         }
@@ -222,22 +231,6 @@ def make_full_plan(config: RunConfig) -> TrainingPlan:
     return _add_training(data, num_frozen, num_trainable, 0, trained=trained, frozen_in_block=frozen_in_block)
 
 
-def _check_cuda_graph(data: DataPlan) -> None:
-    config = data.config
-    reasons = {
-        "it needs a GPU": data.device.type != "cuda",
-        "it needs one process": int(os.environ.get("WORLD_SIZE", "1")) > 1,
-        "train.gradient_accumulation_steps must be 1": config.train.gradient_accumulation_steps > 1,
-        "adapter.dropout must be 0": config.adapter.dropout > 0,
-        "a graph holds one shape; remove data.buckets": len(data.formats) > 1,
-        "image-to-video encodes an image in every step": data.facts.takes_image,
-        "float16's loss scale changes between steps; use bfloat16 or float32": data.dtype == torch.float16,
-    }
-    wrong = [reason for reason, holds in reasons.items() if holds]
-    if config.train.cuda_graph and wrong:
-        raise UserError(f"train.cuda_graph: {'; '.join(wrong)}; or set train.cuda_graph=false")
-
-
 def _add_training(
     data: DataPlan,
     num_parameters: int,
@@ -250,7 +243,7 @@ def _add_training(
     """`trained`: names of the model's weights, in full fine-tuning."""
     config, full = data.config, trained is not None
     refuse_missing_files([*data.train_clips, *data.validation_clips], config)
-    _check_cuda_graph(data)
+    check_cuda_graph(data)
     strategy = read_strategy(os.environ)
     check_strategy(config, strategy, data.dtype, full=full)
     check_context(config, data.facts)
@@ -266,8 +259,7 @@ def _add_training(
     tokens = max(data.facts.num_tokens(form.num_frames, form.height, form.width) for form in data.formats)
     free = free_device_bytes(data.device)
     free_host = free_host_bytes()
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
-    free_host = None if free_host is None else free_host // local_processes
+    free_host = None if free_host is None else free_host // read_launch().num_local
     machine = measure_machine(data.device, data.dtype)
     rungs = list_training_rungs(
         data.facts,
@@ -289,11 +281,8 @@ def _add_training(
     has_ema = config.train.ema_decay is not None
     saved_bytes = count_saved_bytes(num_trainable, eight_bit=memory.eight_bit, has_ema=has_ema)
     saved_bytes //= strategy.num_processes
-    # DeepSpeed's parts are gathered on one process.
-    beside = (
-        full
-        and not strategy.is_deepspeed
-        and decide_asynchronous(config.checkpoint, num_bytes=saved_bytes, other_bytes=memory.host, free_host=free_host)
+    beside = full and decide_asynchronous(
+        config.checkpoint, num_bytes=saved_bytes, other_bytes=memory.host, free_host=free_host
     )
     return TrainingPlan(
         **vars(data),

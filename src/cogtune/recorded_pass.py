@@ -10,9 +10,29 @@ from dataclasses import replace
 
 import torch
 
+from cogtune.data_plan import DataPlan
 from cogtune.dataset import TENSORS, Batch
+from cogtune.errors import UserError
+from cogtune.launch import read_launch
 
 _WARM_UP = 3
+
+
+def check_cuda_graph(data: DataPlan) -> None:
+    """Raises `UserError` for `train.cuda_graph` where a step can't be recorded."""
+    config = data.config
+    reasons = {
+        "it needs a GPU": data.device.type != "cuda",
+        "it needs one process": read_launch().num_processes > 1,
+        "train.gradient_accumulation_steps must be 1": config.train.gradient_accumulation_steps > 1,
+        "adapter.dropout must be 0": config.adapter.dropout > 0,
+        "a graph holds one shape; remove data.buckets": len(data.formats) > 1,
+        "image-to-video encodes an image in every step": data.facts.takes_image,
+        "float16's loss scale changes between steps; use bfloat16 or float32": data.dtype == torch.float16,
+    }
+    wrong = [reason for reason, holds in reasons.items() if holds]
+    if config.train.cuda_graph and wrong:
+        raise UserError(f"train.cuda_graph: {'; '.join(wrong)}; or set train.cuda_graph=false")
 
 
 class RecordedPass:

@@ -35,7 +35,6 @@ from cogtune.machine import avoid_fragments
 from cogtune.memory import explain_out_of_memory
 from cogtune.parallel.assembly import divide_transformer, make_engine, place_transformer
 from cogtune.parallel.engine import Engine
-from cogtune.parallel.fully_sharded import give_back
 from cogtune.parallel.shared_samples import SharedSample, share_samples, teams_of
 from cogtune.parallel.strategy import settings_of_our_own
 from cogtune.plan import TrainingPlan
@@ -143,7 +142,6 @@ class Run:
         torch.backends.cuda.matmul.allow_tf32 = config.memory.allow_tf32
         set_seed(config.train.seed)
         transformer, memory = trained.transformer, plan.memory
-        self._transformer = transformer
         place_transformer(plan, trained, accelerator.device)
         shared = share_samples(config, plan.facts.num_heads, self.teams)
         backend = self._choose_attention(transformer, shared)
@@ -191,7 +189,7 @@ class Run:
         ) as log:
             if config.train.ema_decay is not None:
                 decay, on_host = config.train.ema_decay, config.train.ema_on_host
-                self._ema = Ema(trained.parameters(), decay, on_host=on_host)
+                self._ema = Ema(engine.store.parts.weights(), decay, on_host=on_host)
             stop = StopRequest()
             validate = Validator(
                 plan,
@@ -227,11 +225,11 @@ class Run:
         return finished
 
     def _make_saver(self, trained: Trained, engine: Engine) -> Saver:
-        if not (trained.in_shards and engine.store.in_place):
-            return WholeSaver(self.accelerator, self.checkpoints, trained, engine.store, self._ema)
-        state = ShardedState(trained.parameters(), engine.optimizer, self._ema, self._ranks)
+        if trained.files is not None:
+            return WholeSaver(self.accelerator, self.checkpoints, trained.files, engine.store, self._ema)
+        state = ShardedState(engine.store.parts, self._ema, self._ranks)
         writer = CheckpointWriter(self.checkpoints, self._ranks, asynchronous=self.plan.saves_beside_training)
-        return ShardedSaver(state, writer, host=trained.host)
+        return ShardedSaver(state, writer)
 
     def _when_to_ask_base(self) -> Literal["samples", "batch", "always"]:
         if self.config.train.cuda_graph or self.plan.strategy.shards_weights:
@@ -273,7 +271,7 @@ class Run:
         """Writes `final/` and the report on the main process."""
         assert self._store is not None and self._newest is not None, "a run is trained before it is finished"
         enter("writing the final weights")
-        weights = read_final_weights(trained, self._store, self._ema, self._newest)
+        weights = read_final_weights(self._store, self._ema, self._newest, in_shards=trained.files is None)
         if self.accelerator.is_main_process:
             final, partial = self.folder / "final", self.folder / ".partial-final"
             shutil.rmtree(partial, ignore_errors=True)
@@ -296,10 +294,11 @@ class Run:
         if self._ema is None:
             yield
             return
+        assert self._store is not None
         with self._ema.swapped_in():
-            give_back(self._transformer)
+            self._store.parts.publish()
             yield
-        give_back(self._transformer)
+        self._store.parts.publish()
 
     def _make_loader(self, first_step: int) -> DataLoader[Batch]:
         train = self.config.train

@@ -18,24 +18,15 @@ from cogtune.checkpoint import CheckpointFolder
 from cogtune.ema import Ema
 from cogtune.errors import UserError
 from cogtune.formats.tensors import Tensors, hold
+from cogtune.shards.parts import ParameterParts, Parts
 from cogtune.shards.stored import StoredTensors
 
 OPTIMIZER = "optimizer.safetensors"
 EMA = "ema.safetensors"
 
 
-class Saved(Protocol):
-    """The files of what is trained: an adapter's or a model's."""
-
-    host: Any
-    """Weights in host memory (`host_training.HostWeights`), or None."""
-
-    in_shards: bool
-    """Whether checkpoints are written by all processes, beside training (`shards`), where the `Store` lets them."""
-
-    def parameters(self) -> dict[str, torch.nn.Parameter]:
-        """The trained parameters by name."""
-        ...
+class AdapterFiles(Protocol):
+    """An adapter's own files, which checkpoints hold whole."""
 
     def save(self, folder: Path, weights: Mapping[str, Tensor], *, trained: bool) -> None:
         """Writes the trained weights, given by parameter, and what a user needs to use them."""
@@ -53,9 +44,8 @@ class Store(Protocol):
     on others maybe nothing; it may be the memory that is trained, so it is used before the next step.
     """
 
-    in_place: bool
-    """Whether `optimizer.state` has each parameter's state, whole or as `DTensor`s as the parameter: `shards` saves and
-    reads both where they are. Otherwise the `WholeSaver` does, through the methods here."""
+    parts: Parts
+    """What this process has of all that, where it is: `shards` saves and reads it there."""
 
     def read_weights(self) -> dict[str, Tensor]:
         """The weights, in the precision that they are trained in."""
@@ -105,8 +95,6 @@ class Saver(Protocol):
 class DeviceStore:
     """Weights and state that are whole on this process's device, or host."""
 
-    in_place = True
-
     def __init__(
         self,
         parameters: dict[str, torch.nn.Parameter],
@@ -115,7 +103,8 @@ class DeviceStore:
         host: Any = None,
         is_main: bool = True,
     ) -> None:
-        self._parameters, self._optimizer, self._host, self._is_main = parameters, optimizer, host, is_main
+        self._parameters, self._optimizer, self._is_main = parameters, optimizer, is_main
+        self.parts: Parts = ParameterParts(parameters, optimizer, publish=None if host is None else host.publish_all)
 
     def read_weights(self) -> dict[str, Tensor]:
         """`Store.read_weights`."""
@@ -148,8 +137,7 @@ class DeviceStore:
         """`Store.write_weights`."""
         for name, parameter in self._parameters.items():
             parameter.copy_(weights.read(name))
-        if self._host is not None:
-            self._host.publish_all()
+        self.parts.publish()
 
     def write_optimizer(self, state: Tensors) -> None:
         """`Store.write_optimizer`; on each parameter's device."""
@@ -171,21 +159,30 @@ def keys_by_parameter(state: Tensors, parameters: Mapping[str, object]) -> dict[
 
 
 class WholeSaver:
-    """Checkpoints of whole tensors, which the main process writes; what is in shards is gathered there."""
+    """Checkpoints of whole tensors, an adapter's, which the main process writes; what is divided is gathered there."""
 
     def __init__(
-        self, accelerator: Accelerator, checkpoints: CheckpointFolder, saved: Saved, store: Store, ema: Ema | None
+        self,
+        accelerator: Accelerator,
+        checkpoints: CheckpointFolder,
+        files: AdapterFiles,
+        store: Store,
+        ema: Ema | None,
     ) -> None:
         self._accelerator, self._checkpoints = accelerator, checkpoints
-        self._saved, self._store, self._ema = saved, store, ema
+        self._files, self._store, self._ema = files, store, ema
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """`Saver.save`."""
         weights, moments = self._store.read_weights(), self._store.read_optimizer()
-        averages = {} if self._ema is None else self._ema.read()
+        averages: dict[str, Tensor] = {}
+        if self._ema is not None:
+            with self._ema.swapped_in():
+                # What is read may be the memory that the average leaves again.
+                averages = {name: tensor.clone() for name, tensor in self._store.read_weights().items()}
 
         def write(folder: Path) -> None:
-            self._saved.save(folder, weights, trained=step > 0)
+            self._files.save(folder, weights, trained=step > 0)
             save_file(moments, folder / OPTIMIZER)
             if averages:
                 save_file(averages, folder / EMA)
@@ -207,19 +204,19 @@ class WholeSaver:
     def load(self, folder: Path) -> None:
         """`Saver.load`, from shards too."""
         stored = StoredTensors(folder)
-        self._store.write_weights(self._saved.read(folder))
+        self._store.write_weights(self._files.read(folder))
         self._store.write_optimizer(stored.group("optimizer"))
         if self._ema is not None:
             averages = stored.group("ema")
             self._ema.write({name: averages.read(name) for name in averages.specs})
 
 
-def read_final_weights(saved: Saved, store: Store, ema: Ema | None, newest: Path) -> Tensors:
+def read_final_weights(store: Store, ema: Ema | None, newest: Path, *, in_shards: bool) -> Tensors:
     """What `final/` gets, averaged where that is on; every process calls it.
 
-    A whole model's are read from the newest checkpoint tensor by tensor, so that no process holds them all.
+    `in_shards`: they are read from the newest checkpoint tensor by tensor, so that no process holds them all.
     """
-    if saved.in_shards:
+    if in_shards:
         return StoredTensors(newest).group("weights" if ema is None else "ema")
     with contextlib.nullcontext() if ema is None else ema.swapped_in():
         # An adapter is small; what is read may be the memory that the average leaves again.

@@ -30,14 +30,26 @@ from cogtune.memory import GIB
 from cogtune.optimization import learning_rate_at, set_learning_rate
 from cogtune.parallel.engine import Engine
 from cogtune.recorded_pass import RecordedPass
-from cogtune.saving import Saved, Saver
+from cogtune.saving import AdapterFiles, Saver
 from cogtune.tracking import MetricsLog, Progress
 
 
-class Trained(Saved, Protocol):
+class Trained(Protocol):
     """What a run trains: the adapter of a transformer, or all of it."""
 
     transformer: Any
+
+    host: Any
+    """Weights in host memory (`host_training.HostWeights`), or None."""
+
+    @property
+    def files(self) -> AdapterFiles | None:
+        """What is small is saved in whole files; None: checkpoints are in shards, written by all processes."""
+        ...
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The trained parameters by name."""
+        ...
 
     def initial(self) -> Tensors | None:
         """The trained weights before the first step, read one by one; None: they are nowhere more exact than here."""

@@ -26,6 +26,7 @@ from cogtune.checkpoint import CheckpointFolder, read_checkpoint
 from cogtune.ema import Ema
 from cogtune.errors import UserError
 from cogtune.shards import writer as writer_module
+from cogtune.shards.parts import ParameterParts
 from cogtune.shards.ranks import Ranks
 from cogtune.shards.saver import ShardedSaver, ShardedState
 from cogtune.shards.writer import CheckpointWriter
@@ -65,7 +66,7 @@ class Run:
             self.ema.update(self.steps)
 
     def state(self) -> ShardedState:
-        return ShardedState(self.parameters, self.optimizer, self.ema, self.ranks)
+        return ShardedState(ParameterParts(self.parameters, self.optimizer), self.ema, self.ranks)
 
     def saver(self, folder: Path, *, asynchronous: bool = True, keep_last: int = 3) -> ShardedSaver:
         checkpoints = CheckpointFolder(folder, keep_last=keep_last)
@@ -78,7 +79,10 @@ class Run:
         for name, value in self.state().collect().items():
             if isinstance(value, torch.Tensor):
                 found[name] = (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
-        return found | {f"ema.{name}": tensor.clone() for name, tensor in self.ema.read().items()}
+        with self.ema.swapped_in():
+            for name, p in self.parameters.items():
+                found[f"ema.{name}"] = (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        return found
 
 
 def save_cases() -> None:

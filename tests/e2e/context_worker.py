@@ -31,16 +31,17 @@ from cogtune.benchmark import shared_work
 from cogtune.config import AdapterSettings
 from cogtune.execution import configure_blocks
 from cogtune.generation_options import make_requests, parse_generation
+from cogtune.launch import read_launch
 from cogtune.models import choose_device, find_folder, read_facts
 from cogtune.parallel.groups import make_group
 from cogtune.parallel.ranks import Teams
 from cogtune.parallel.sequence import SplitSequence, TeamAttention
-from cogtune.parallel.videos import plan_ranks, read_ranks, started_ranks
+from cogtune.parallel.videos import plan_ranks, started_ranks
 from cogtune.random_pipeline import make_random_transformer
 from cogtune.sampling import set_up
 
 torch.set_num_threads(1)
-RANK, NUM_RANKS = read_ranks()
+RANK, NUM_RANKS = read_launch().rank, read_launch().num_processes
 
 
 def make_transformer(case: dict[str, Any], device: torch.device, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
@@ -118,7 +119,7 @@ def make_video(argv: list[str], output: Path) -> None:
     facts = read_facts(find_folder(options.model))
     requests = make_requests(options, facts)
     ranks = plan_ranks(
-        options.gpus_per_video, num_videos=len(requests), guided=options.may_part_guidance, processes=read_ranks()
+        options.gpus_per_video, num_videos=len(requests), guided=options.may_part_guidance, launch=read_launch()
     )
     with started_ranks(choose_device(options.device), NUM_RANKS) as device:
         sampling = set_up(options, facts, requests, ranks, device)

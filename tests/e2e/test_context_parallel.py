@@ -16,6 +16,7 @@ from PIL import Image
 
 from cogtune.benchmark import context
 from cogtune.generation_options import make_requests, parse_generation
+from cogtune.launch import Launch
 from cogtune.models import choose_device, find_folder, read_facts
 from cogtune.parallel.videos import plan_ranks
 from cogtune.sampling import set_up
@@ -95,7 +96,7 @@ def frames_alone(argv: list[str]) -> tuple[list[np.ndarray], list[str]]:
     options = parse_generation("", argv)
     facts = read_facts(find_folder(options.model))
     requests = make_requests(options, facts)
-    ranks = plan_ranks("auto", num_videos=len(requests), guided=True, processes=(0, 1))
+    ranks = plan_ranks("auto", num_videos=len(requests), guided=True, launch=Launch(0, 1))
     sampling = set_up(options, facts, requests, ranks, choose_device(options.device))
     frames, skipped = [], []
     for request in requests:

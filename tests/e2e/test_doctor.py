@@ -52,6 +52,7 @@ def test_three_ranks_on_two_nodes_measure_each_other(config: Path, execute: Call
     assert [facts["number"] for facts in found["ranks"]] == [0, 0, 1]
     assert all(facts["speed"]["all"] > 0 for facts in found["ranks"])
     assert found["ranks"][0]["speed"]["node"] > 0 and found["ranks"][0]["speed"]["pairs"].keys() == {"1"}
+    assert all(facts["speed"]["gloo_ms"] > 0 for facts in found["ranks"])
     assert found["ranks"][2]["speed"]["pairs"].keys() == {"0"} and found["ranks"][1]["speed"]["pairs"] == {}
     assert all(facts["folders"]["output_dir"]["seen_by"] == [0, 1, 2] for facts in found["ranks"])
     assert all(abs(facts["clock_seconds"]) < 1 for facts in found["ranks"])
@@ -66,6 +67,29 @@ def _break_version() -> None:
 
     find = doctor.find_versions
     doctor.find_versions = lambda: find() | {"peft": "0.0.1"}
+
+
+def test_a_rank_that_gloo_can_not_reach_is_named(execute: Callable[..., int], tmp_path: Path) -> None:
+    """As GPUs of several nodes may be connected while the hosts' names lead nowhere."""
+
+    def refuse(rank: int) -> None:
+        from torch import distributed
+
+        new_group = distributed.new_group
+
+        def fail(*ranks: Any, backend: str | None = None, **named: Any) -> Any:
+            if backend == "gloo":
+                raise RuntimeError("Connection refused\nsome trace")
+            return new_group(*ranks, backend=backend, **named)
+
+        if rank == 1:
+            distributed.new_group = fail
+
+    options = ["--cpu", "--file-mebibytes=1", "--timeout=10"]
+    ranks = start_ranks(execute, tmp_path, DOCTOR, [options] * 2, prepare=refuse)
+    assert ranks.wait(60) == [1, 1], ranks.text()
+    told = ranks.outputs[0].read_text()
+    assert "rank 1 (node" in told and "no answer over gloo (Connection refused); checkpoints" in told
 
 
 def test_a_rank_that_does_not_answer_is_named(execute: Callable[..., int], tmp_path: Path) -> None:

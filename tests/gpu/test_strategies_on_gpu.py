@@ -57,9 +57,9 @@ def run(script: str, config: Path, num_gpus: int, environment: dict[str, str], *
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-4000:]
 
 
-def read_losses(folder: Path) -> list[float]:
+def read_losses(folder: Path, key: str = "loss") -> list[float]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
+    return [row[key] for row in rows if key in row]
 
 
 @pytest.mark.timeout(700)
@@ -90,6 +90,30 @@ def test_a_strategy_trains_as_one_gpu_does(
         assert all(t.any() for t in load_file(spread / "final" / "pytorch_lora_weights.safetensors").values())
     else:
         assert (spread / "final" / "model_index.json").is_file()
+
+
+@pytest.mark.timeout(700)
+@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp2-host", "zero1", "zero2", "zero3", "zero3-offload"])
+def test_an_average_of_a_part_is_that_of_one_gpu(
+    strategy: str, make_job: Callable[..., Path], tiny_folder: Path, tmp_path: Path
+) -> None:
+    """In bfloat16, beside training and on the host: losses, and an evaluation with the average."""
+    if strategy.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed")
+    config = make_job(
+        tiny_folder,
+        model={"dtype": "bfloat16"},
+        train={"ema_decay": 0.8, "ema_on_host": True, "trained_weights": ["attention", "last 1 blocks"]},
+        checkpoint={"asynchronous": "on"},
+        schedule={"warmup_steps": 0},
+        tracking={"log_every_steps": 1},
+    )
+    spread, one = tmp_path / "spread", tmp_path / "one"
+    run("train/sft.py", config, NUM_GPUS, STRATEGIES[strategy], f"--output_dir={spread}")
+    run("train/sft.py", config, 1, {}, f"--output_dir={one}", f"--train.batch_size={NUM_GPUS}")
+    for key in ("loss", "eval_loss"):
+        assert read_losses(spread, key) == pytest.approx(read_losses(one, key), rel=2e-2)
+    assert (spread / "final" / "model_index.json").is_file()
 
 
 def test_a_run_goes_on_under_another_strategy(make_job: Callable[..., Path], tiny_folder: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ MAX_LINES, MAX_COMMAND_LINES, MAX_RECIPE_LINES = 400, 80, 300
 # Floors of docs/design: a module may import its own floor and those below. What isn't listed is a part.
 GROUND = {
     "errors", "config", "cli", "models", "diffusion", "draws", "manifest", "video", "cache", "dataset", "decode_worker",
-    "frame_convolution", "variants", "conditions",
+    "frame_convolution", "variants", "conditions", "launch",
 }  # fmt: skip
 LOOP = {"trainer"}
 RUN = {"run", "benchmark"}

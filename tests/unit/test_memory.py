@@ -12,6 +12,7 @@ from cogtune.arrangement import ACTIVATIONS_FAST_TO_SLOW, arrange
 from cogtune.config import AdapterSettings
 from cogtune.eight_bit_adamw import CHUNK
 from cogtune.memory import (
+    EMA_STAGING_BYTES,
     ENCODER_UNITS,
     GIB,
     KEPT_UNITS,
@@ -25,6 +26,7 @@ from cogtune.memory import (
     predict,
 )
 from cogtune.models import count_image_encoder, make_meta_transformer, read_facts
+from cogtune.parallel.strategy import Strategy
 from cogtune.random_pipeline import make_architecture_facts
 
 
@@ -191,3 +193,27 @@ def test_8_bit_state_needs_no_float32_weights_and_one_blocks_gradients(tiny_fold
     assert plan.name() == "recompute, bfloat16 weights and 8-bit optimizer state"
     text = explain_out_of_memory(plan, torch.OutOfMemoryError("full"))
     assert "memory.optimizer=host (gives back" in text and "resident_blocks" not in text
+
+
+def test_an_average_is_counted_where_the_weights_are(tiny_folder: Path) -> None:
+    """Four processes: a quarter of it each where weights are divided; an adapter is whole under FSDP2 and DDP."""
+
+    def more(strategy: Strategy, *, full: bool, on_host: bool = False) -> tuple[int, int]:
+        shape = {"num_parameters": 0 if full else 80_000, "num_trainable": 40_000, "num_block_parameters": 10_000}
+        plain, averaged = (
+            predict(
+                read_facts(tiny_folder), "recompute", **shape, tokens=32, batch_size=1, dtype=torch.bfloat16,
+                full=full, strategy=strategy, ema_bytes=ema_bytes, ema_on_host=on_host and ema_bytes > 0,
+            )
+            for ema_bytes in (0, 160_000)
+        )  # fmt: skip
+        return averaged.total - plain.total, averaged.host - plain.host
+
+    fsdp2, away = Strategy("fsdp2", 4, 4), Strategy("fsdp2", 4, 4, offload_weights=True)
+    assert more(Strategy("ddp", 4), full=True) == more(fsdp2, full=False) == (160_000, 0)
+    for kind in ("zero1", "zero2", "zero3"):
+        assert more(Strategy(kind, 4, 4), full=True) == more(Strategy(kind, 4, 4), full=False) == (40_000, 0)
+        assert more(Strategy(kind, 4, 4, offload_optimizer=True), full=True) == (0, 40_000)
+    assert more(fsdp2, full=True) == (40_000, 0) and more(away, full=True) == (0, 40_000)
+    assert more(away, full=False) == (160_000, 0)
+    assert more(fsdp2, full=True, on_host=True) == (0, 40_000 + EMA_STAGING_BYTES)

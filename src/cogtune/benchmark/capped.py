@@ -113,7 +113,7 @@ class CappedRun:
                 "",
                 export_dtype=self.dtype,
                 on_host=rung.on_host,
-                in_float32=not rung.eight_bit,
+                weights_dtype=torch.bfloat16 if rung.eight_bit else torch.float32,
                 device=self.device,
             )
         if not full and rung.num_resident is None and not rung.quantized:

@@ -30,9 +30,11 @@ from cogtune.checkpoint import CheckpointFolder, read_checkpoint
 from cogtune.config import OptimizerSettings
 from cogtune.ema import Ema
 from cogtune.errors import UserError
+from cogtune.launch import read_launch
 from cogtune.models import choose_device
 from cogtune.optimization import make_optimizer
 from cogtune.random_pipeline import ARCHITECTURES
+from cogtune.shards.parts import ParameterParts
 from cogtune.shards.pieces import local_part
 from cogtune.shards.ranks import Ranks
 from cogtune.shards.saver import ShardedSaver, ShardedState
@@ -63,12 +65,9 @@ class Measurement:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.started = arguments, time.perf_counter()
-        kind = choose_device(arguments.device).type
-        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if kind == "cuda" else "cpu")
-        if kind == "cuda":
-            torch.cuda.set_device(self.device)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        self.device = choose_device(arguments.device)
+        if read_launch().num_processes > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.ranks = Ranks.connect()
         self.model = self._make_model()
         self.parameters = dict(self.model.named_parameters())
@@ -80,7 +79,7 @@ class Measurement:
             self.optimizer.state[parameter] = {"step": torch.ones((), device=self.device), **moments}
         averaged = arguments.ema != "off"
         self.ema = Ema(self.parameters, 0.999, on_host=arguments.ema == "host") if averaged else None
-        self.state = ShardedState(self.parameters, self.optimizer, self.ema, self.ranks)
+        self.state = ShardedState(ParameterParts(self.parameters, self.optimizer), self.ema, self.ranks)
         self.folder = CheckpointFolder(arguments.folder, keep_last=1)
         writer = CheckpointWriter(self.folder, self.ranks, asynchronous=arguments.asynchronous == "on")
         self.saver = ShardedSaver(self.state, writer)

@@ -122,7 +122,7 @@ class Part:
             self.facts,
             "",
             export_dtype=self.dtype,
-            in_float32=self._keeps_float32(),
+            weights_dtype=transformer.dtype,
             device=self.device,
         )
         trained.initial = lambda: None  # the weights are random: no file has more exact ones

@@ -22,12 +22,13 @@ from cogtune.benchmark.kernels import describe_profile, profile_steps
 from cogtune.benchmark.training import TrainingBench
 from cogtune.benchmark.variants import parse_variant, prepare_transformer
 from cogtune.generation import generate_latents, make_pipeline
+from cogtune.launch import read_launch
 from cogtune.machine import avoid_fragments
 from cogtune.models import choose_device, choose_dtype
 from cogtune.parallel.ranks import Teams
 from cogtune.parallel.sequence import Way
 from cogtune.parallel.shared_samples import share_samples
-from cogtune.parallel.videos import SharedVideo, VideoRanks, read_ranks, started_ranks
+from cogtune.parallel.videos import SharedVideo, VideoRanks, started_ranks
 from cogtune.random_pipeline import make_architecture_facts, make_random_transformer
 from cogtune.trainer import Recent
 from cogtune.video_request import Request
@@ -45,7 +46,7 @@ def measure_training(task: argparse.Namespace, model: str, way: str, count: int)
     )
     bench.config = bench.config.model_copy(update={"train": settings})
     transformer = make_random_transformer(model, seed=0, device=device, dtype=bench.dtype)
-    shared = share_samples(bench.config, facts.num_heads, Teams(read_ranks()[0], count, count))
+    shared = share_samples(bench.config, facts.num_heads, Teams(read_launch().rank, count, count))
     heads, tokens = facts.num_heads, bench.tokens
     if shared is not None:
         heads, tokens = shared.attention_shape(heads, tokens)
@@ -93,7 +94,7 @@ def measure_generation(task: argparse.Namespace, model: str, way: str, count: in
         if count > 1:
             halves: Literal[1, 2] = 2 if way == "halves" else 1
             wanted = cast(Way, "ulysses" if way == "halves" else way)
-            ranks = VideoRanks(Teams(read_ranks()[0], count, count), halves)
+            ranks = VideoRanks(Teams(read_launch().rank, count, count), halves)
             shared = SharedVideo(transformer, ranks, way="auto" if way == "halves" else wanted)
         accelerate(pipeline, compiled=task.compile == "on", cache=None, coded=False, shared=shared)
         num_steps = task.warmup + task.steps
@@ -145,7 +146,7 @@ def compare(task: argparse.Namespace, name: str, result: torch.Tensor) -> dict[s
 
 def write(task: argparse.Namespace, row: dict[str, Any]) -> None:
     """The first rank writes the result."""
-    if read_ranks()[0] == 0:
+    if read_launch().rank == 0:
         partial = Path(task.output).with_suffix(".partial")
         partial.write_text(json.dumps(row), encoding="utf-8")
         partial.rename(task.output)

@@ -40,7 +40,10 @@ from cogtune.optimization import StepGuard, make_optimizer
 from cogtune.parallel.engine import Engine, Guard, make_replicated_engine
 from cogtune.quantized_ways import count_coded
 from cogtune.random_pipeline import ARCHITECTURES, make_architecture_facts, make_random_transformer
-from cogtune.saving import DeviceStore, WholeSaver
+from cogtune.saving import DeviceStore
+from cogtune.shards.ranks import Ranks
+from cogtune.shards.saver import ShardedSaver, ShardedState
+from cogtune.shards.writer import CheckpointWriter
 from cogtune.tracking import MetricsLog
 from cogtune.trainer import Recent, Trained, Trainer
 
@@ -286,7 +289,7 @@ class TrainingBench:
         log = MetricsLog(
             folder, active=False, first_step=0, report_to="none", project="", wandb_mode="offline", config={}
         )
-        checkpoints = CheckpointFolder(folder / "checkpoints", keep_last=1)
+        writer = CheckpointWriter(CheckpointFolder(folder / "checkpoints", keep_last=1), Ranks(), asynchronous=False)
         return Trainer(
             self.accelerator,
             self.config,
@@ -301,7 +304,7 @@ class TrainingBench:
                 image_encoder=encoder,
             ),
             make_loader=lambda _step: self.make_loader(folder),
-            saver=WholeSaver(self.accelerator, checkpoints, trained, engine.store, None),
+            saver=ShardedSaver(ShardedState(engine.store.parts, None, Ranks()), writer),
             log=log,
             validate=lambda _step: True,
             identity={},

@@ -15,6 +15,7 @@ from torch.distributed import PrefixStore, TCPStore
 from cogtune.cluster.hub import Hub
 from cogtune.cluster.watch import Watch, connect
 from cogtune.errors import on_failure
+from cogtune.launch import read_launch
 
 _BACKSTOP = timedelta(minutes=5)
 _NEVER = timedelta(days=1)
@@ -63,7 +64,7 @@ def leave_old_store() -> None:
     global _new_store  # it lives as long as the process
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     old = PrefixStore(f"cogtune/{attempt}", TCPStore(address, port, is_master=False))
-    if os.environ["RANK"] == "0":
+    if read_launch().rank == 0:
         with socket.create_connection((address, port)) as route:
             here = route.getsockname()[0]  # this node as the others of the job reach it
         _new_store = TCPStore(here, 0, is_master=True, wait_for_workers=False)
@@ -90,7 +91,7 @@ def join_watch(timeout_seconds: float | None) -> Watch:
         token,
         rank=rank,
         host=socket.gethostname(),
-        speaks=rank == 1 or (rank > 0 and os.environ.get("LOCAL_RANK") == "0"),
+        speaks=rank == 1 or (rank > 0 and read_launch().local_rank == 0),
         beat_seconds=max(1.0, world_size / 100),
     )
     watch.start()

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -58,6 +59,21 @@ def measure_bandwidth(
     note("the last barrier")
     distributed.barrier()
     return found
+
+
+def try_gloo(seconds: float, note: Callable[[str], None]) -> dict[str, Any]:
+    """Milliseconds of an all-reduce of one number over gloo, or what went wrong within so many seconds.
+
+    Checkpoints are agreed on over it (`shards.ranks`), beside whatever GPUs use: another network card, another address.
+    Needs a process group; every rank has to call it.
+    """
+    note("connecting over gloo")
+    number, cpu = torch.zeros(1), torch.device("cpu")
+    try:
+        group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
+        return {"gloo_ms": 1e3 * _time(lambda: distributed.all_reduce(number, group=group), cpu)}
+    except RuntimeError as error:
+        return {"gloo_problem": str(error).strip().splitlines()[0][:200]}
 
 
 def _exchange(sent: torch.Tensor, received: torch.Tensor, other: int) -> None:

@@ -19,7 +19,7 @@ from torch import distributed
 from cogtune import models
 from cogtune.cache import Cache
 from cogtune.cli import build_config, read_yaml
-from cogtune.cluster.bandwidth import measure_bandwidth
+from cogtune.cluster.bandwidth import measure_bandwidth, try_gloo
 from cogtune.cluster.findings import Facts, Finding, find_problems, make_table
 from cogtune.cluster.health import (
     ask_nvidia_smi,
@@ -235,7 +235,7 @@ def _measure_speed(
         timeout=timedelta(seconds=options.timeout),
     )
     members = [[rank for rank, node in enumerate(nodes) if node == number] for number in range(max(nodes) + 1)]
-    speed = measure_bandwidth(place.rank, members, device, table.note)
+    speed = measure_bandwidth(place.rank, members, device, table.note) | try_gloo(options.timeout / 2, table.note)
     distributed.destroy_process_group()
     return speed
 

@@ -43,6 +43,7 @@ def find_problems(ranks: Sequence[Facts]) -> list[Finding]:
         *_folders(ranks),
         *_models(ranks),
         *_caches(ranks),
+        *_gloo(ranks),
         *_links(ranks),
     ]
     return sorted(found, key=lambda finding: ("error", "warning", "note").index(finding.level))
@@ -182,6 +183,17 @@ def _caches(ranks: Sequence[Facts]) -> Iterable[Finding]:
             )
 
 
+def _gloo(ranks: Sequence[Facts]) -> Iterable[Finding]:
+    failed = [facts for facts in ranks if "gloo_problem" in facts.get("speed", {})]
+    # Who could not connect at all comes first; the others have waited for it.
+    for facts in sorted(failed, key=lambda facts: "time" in facts["speed"]["gloo_problem"].lower())[:4]:
+        yield Finding(
+            "error",
+            f"{who(facts)}: no answer over gloo ({facts['speed']['gloo_problem']}); checkpoints are agreed on over it: "
+            "set GLOO_SOCKET_IFNAME to the network that the nodes share, and let each host's name be its address there",
+        )
+
+
 def _links(ranks: Sequence[Facts]) -> Iterable[Finding]:
     leaders = {facts["number"]: facts for facts in ranks if facts.get("speed", {}).get("pairs")}
     best = {number: max(facts["speed"]["pairs"].values()) for number, facts in leaders.items()}
@@ -221,12 +233,13 @@ def make_table(ranks: Sequence[Facts]) -> str:
         "clock s",
         "all-reduce GB/s",
         "in node",
+        "gloo ms",
     ]
     rows = [header]
     for facts in ranks:
         gpu, host, speed = facts["gpu"] or {}, facts["host"], facts.get("speed", {})
         numbers = [gpu.get("free_gib"), facts["tflops"], host["memory_gib"], host["shm_gib"], facts["clock_seconds"]]
-        numbers += [speed.get("all"), speed.get("node")]
+        numbers += [speed.get("all"), speed.get("node"), speed.get("gloo_ms")]
         rows.append(
             [
                 str(facts["rank"]),

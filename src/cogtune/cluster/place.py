@@ -11,6 +11,7 @@ from typing import Any
 from torch.distributed import DistStoreError, TCPStore
 
 from cogtune.errors import UserError
+from cogtune.launch import read_launch
 
 _SLURM_PORT = 21_300  # plus what the job's number gives, where nobody says
 
@@ -33,12 +34,13 @@ class Place:
 def find_place(environment: dict[str, str]) -> Place:
     """Reads the launcher's variables; alone where there are none. Raises `UserError` where they don't fit."""
     get = environment.get
-    if "RANK" in environment and "WORLD_SIZE" in environment:
+    launch = read_launch(environment)
+    if launch.was_told:
         try:
             return Place(
-                rank=int(environment["RANK"]),
-                world_size=int(environment["WORLD_SIZE"]),
-                local_rank=int(get("LOCAL_RANK", "0")),
+                rank=launch.rank,
+                world_size=launch.num_processes,
+                local_rank=launch.local_rank or 0,
                 group=int(get("GROUP_RANK", "0")),
                 address=environment["MASTER_ADDR"],
                 port=int(environment["MASTER_PORT"]),

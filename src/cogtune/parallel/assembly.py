@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch.distributed.device_mesh import DeviceMesh
 
+from cogtune.cluster.whereabouts import inside
 from cogtune.eight_bit_adamw import EightBitAdamW, EightBitGuard
 from cogtune.frozen import encode_base, encode_block, quantize_base, quantize_block
 from cogtune.host_training import HostAdamW, HostStepGuard
@@ -22,16 +23,19 @@ from cogtune.parallel.fully_sharded import (
 )
 from cogtune.plan import TrainingPlan
 from cogtune.saving import DeviceStore
+from cogtune.shards.filling import fill_module
 from cogtune.streaming.blocks import stream_blocks
 
 
 def place_transformer(plan: TrainingPlan, trained: Any, device: torch.device) -> None:
-    """Before the attention is installed: whole models go to the device.
+    """Before the attention is installed: whole models go to the device, empty ones are read there.
 
     Divided, streamed and quantized ones are never there as a whole.
     """
     whole = plan.memory.num_resident is None and not plan.memory.quantized
     if whole and trained.host is None and not plan.strategy.shards_weights:
+        if _is_empty(trained.transformer):
+            _fill(plan, trained.transformer, device)
         trained.transformer.to(device)
 
 
@@ -39,8 +43,10 @@ def divide_transformer(plan: TrainingPlan, trained: Any, device: torch.device) -
     """After it: streams, quantizes or divides the blocks; the mesh of a divided model."""
     transformer, num_resident = trained.transformer, plan.memory.num_resident
     if plan.strategy.is_fsdp:
-        mesh = make_mesh(plan.strategy, device)
+        mesh, empty = make_mesh(plan.strategy, device), _is_empty(transformer)
         shard_transformer(transformer, plan.strategy, mesh, device, plan.dtype, full=plan.full)
+        if empty:
+            _fill(plan, transformer, torch.device("cpu") if plan.strategy.offload_weights else device)
         return mesh
     kind = plan.memory.quantized
     if num_resident is not None and trained.host is None:
@@ -54,6 +60,15 @@ def divide_transformer(plan: TrainingPlan, trained: Any, device: torch.device) -
     return None
 
 
+def _is_empty(transformer: Any) -> bool:
+    return any(parameter.is_meta for parameter in transformer.parameters())
+
+
+def _fill(plan: TrainingPlan, transformer: Any, device: torch.device) -> None:
+    with inside("reading the weights"):
+        fill_module(transformer, plan.facts.folder / "transformer", device)
+
+
 def make_engine(accelerator: Accelerator, plan: TrainingPlan, trained: Any, mesh: DeviceMesh | None) -> Engine:
     """Optimizer, guard and store around a transformer that is in its place."""
     settings, device, is_main = plan.config.optimizer, accelerator.device, accelerator.is_main_process
@@ -62,7 +77,7 @@ def make_engine(accelerator: Accelerator, plan: TrainingPlan, trained: Any, mesh
     if mesh is not None:
         optimizer = make_optimizer(group_parameters(parameters, settings), settings)
         sharded = ShardedStepGuard(device, mesh, use_loss_scale=use_scale, max_grad_norm=settings.max_grad_norm)
-        store = ShardedStore(parameters, optimizer, is_main=is_main)
+        store = ShardedStore(trained.transformer, parameters, optimizer, is_main=is_main)
         return make_sharded_engine(accelerator, trained.transformer, optimizer, sharded, store)
     if plan.strategy.is_deepspeed:
         return make_deepspeed_engine(

@@ -38,14 +38,6 @@ def check_strategy(config: RunConfig, strategy: Strategy, dtype: torch.dtype, *,
         ),
         f"optimizer.lora_plus_ratio={config.optimizer.lora_plus_ratio}: one learning rate only; remove it, or take "
         "fsdp2.yaml": strategy.is_deepspeed and config.optimizer.lora_plus_ratio != 1.0,
-        "train.ema_decay: DeepSpeed divides float32 weights in a way that an average can't follow; remove it, or take "
-        "fsdp2.yaml": strategy.is_deepspeed and train.ema_decay is not None,
-        "checkpoint.asynchronous=on: DeepSpeed's float32 weights are gathered while training waits; set it to auto": (
-            strategy.is_deepspeed and full and config.checkpoint.asynchronous == "on"
-        ),
-        "train.trained_weights: not tried with DeepSpeed; remove it, or take fsdp2.yaml": (
-            strategy.is_deepspeed and train.trained_weights is not None
-        ),
         "adapter.use_dora=true: its norms need float32 weights, and DeepSpeed computes with 16-bit ones; set it to "
         "false, or take fsdp2.yaml": rounded and not full and adapter.use_dora,
     }

@@ -1,14 +1,17 @@
 """DeepSpeed ZeRO 1 to 3: its engine drives the step, by the training config's numbers and with our AdamW.
 
-Checkpoints are not DeepSpeed's: float32 weights and AdamW's state are gathered tensor by tensor, and put back so.
+Checkpoints and averages are not DeepSpeed's: they are made of each process's float32 weights and AdamW's state where
+DeepSpeed has them (`zero_parts`).
 """
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 from torch import Tensor, nn
@@ -18,7 +21,10 @@ from cogtune.formats.tensors import Tensors
 from cogtune.optimization import FIRST_LOSS_SCALE, MAX_OVERFLOWS_IN_A_ROW, SCALE_GROWTH_STEPS, make_optimizer
 from cogtune.parallel.engine import Engine
 from cogtune.parallel.strategy import Strategy
+from cogtune.parallel.zero_parts import ZeroParts
 from cogtune.saving import keys_by_parameter
+from cogtune.shards.parts import Parts
+from cogtune.shards.pieces import Piece, find_piece
 
 _SMALLEST_LOSS_SCALE = 2.0**-MAX_OVERFLOWS_IN_A_ROW
 
@@ -132,114 +138,61 @@ class DeepSpeedGuard:
 class DeepSpeedStore:
     """A `saving.Store` of what DeepSpeed has divided: its float32 weights, not the copies that compute."""
 
-    in_place = False
-
     def __init__(
         self, engine: Any, parameters: dict[str, nn.Parameter], device: torch.device, *, is_main: bool
     ) -> None:
-        self._engine, self._parameters, self._device, self._is_main = engine, parameters, device, is_main
-        self._zero = engine.optimizer
-        self._in_parts = engine.zero_optimization_stage() == 3
-
-    def _flats(self) -> list[Tensor]:
-        """This process's parts of the float32 weights, which AdamW updates."""
-        zero = self._zero
-        return zero.fp32_partitioned_groups_flat if self._in_parts else zero.single_partition_of_fp32_groups
+        self._device, self._is_main = device, is_main
+        self._zero_parts = ZeroParts(engine, parameters)
+        self.parts: Parts = self._zero_parts
 
     def read_weights(self) -> dict[str, Tensor]:
         """`Store.read_weights`."""
-        from deepspeed.utils import safe_get_full_fp32_param  # slow to import, and optional
-
-        return self._gather({name: partial(safe_get_full_fp32_param, p) for name, p in self._parameters.items()})
+        return self._gather(self._zero_parts.pieces())
 
     def read_optimizer(self) -> dict[str, Tensor]:
         """`Store.read_optimizer`; the number of steps is one for all."""
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        states = [self._zero.optimizer.state.get(flat, {}) for flat in self._flats()]
-        if not states or not states[0]:
+        found = self._gather(self._zero_parts.moments())
+        if not found:
             return {}
-        keys = ("exp_avg", "exp_avg_sq")
-        found = self._gather(
-            {
-                f"{name}.{key}": partial(safe_get_full_optimizer_state, p, key)
-                for name, p in self._parameters.items()
-                for key in keys
-            }
-        )
-        step = states[0]["step"].detach().float().cpu()
-        return found | ({f"{name}.step": step.clone() for name in self._parameters} if self._is_main else {})
+        step = self._zero_parts.step().detach().float().cpu()
+        return found | {f"{name}.step": step.clone() for name in self._zero_parts.pieces()}
 
-    def _gather(self, reads: dict[str, Any]) -> dict[str, Tensor]:
+    def _gather(self, pieces: Mapping[str, Piece]) -> dict[str, Tensor]:
         found = {}
-        for name, read in reads.items():
-            whole = read()
-            if whole is None or not whole.numel():
-                raise RuntimeError(f"{name}: DeepSpeed has no float32 values of it")
+        for name, piece in pieces.items():
+            whole = torch.zeros(math.prod(piece.shape), device=self._device)
+            whole[piece.start : piece.stop] = piece.data.to(self._device)
+            dist.reduce(whole, dst=0)
             if self._is_main:
-                found[name] = whole.detach().float().cpu().contiguous()
+                found[name] = whole.view(piece.shape).cpu()
         return found
 
     def largest_moments(self) -> dict[str, Tensor]:
         """`Store.largest_moments`."""
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        if not all(self._zero.optimizer.state.get(flat) for flat in self._flats()):
+        firsts = {name: piece for name, piece in self._zero_parts.moments().items() if name.endswith(".exp_avg")}
+        if not firsts:
             return {}
-        read: Any = safe_get_full_optimizer_state
-        return {name: read(p, "exp_avg").abs().max() for name, p in self._parameters.items()}
+        parts = [piece.data.to(self._device) for piece in firsts.values()]
+        largest = torch.stack([part.abs().max() if part.numel() else part.new_zeros(()) for part in parts])
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return {name.removesuffix(".exp_avg"): value for name, value in zip(firsts, largest.unbind(), strict=True)}
 
     @torch.no_grad()
     def write_weights(self, weights: Tensors) -> None:
         """`Store.write_weights`: the float32 ones, and the copies that compute."""
-        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
-
-        for name, parameter in self._parameters.items():
-            value = weights.read(name).to(self._device)
-            if self._in_parts:
-                with GatheredParameters([parameter], modifier_rank=0):
-                    parameter.data.copy_(value)
-                safe_set_local_fp32_param(parameter, self._cut(parameter, value))
-            else:
-                safe_set_full_fp32_param(parameter, value)
-                parameter.data.copy_(value)
+        for name, piece in self._zero_parts.pieces().items():
+            if piece.data.numel():
+                piece.data.copy_(weights.read(name).flatten()[piece.start : piece.stop])
+        self.parts.publish()
 
     @torch.no_grad()
     def write_optimizer(self, state: Tensors) -> None:
         """`Store.write_optimizer`."""
-        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
-
-        found = keys_by_parameter(state, self._parameters)
-        if not found:
+        if not keys_by_parameter(state, self._zero_parts.pieces()):
             return
-        step = state.read(f"{next(iter(found))}.step")
-        for flat in self._flats():
-            self._zero.optimizer.state[flat] = {
-                "step": step.to(flat.device),
-                "exp_avg": torch.zeros_like(flat),
-                "exp_avg_sq": torch.zeros_like(flat),
-            }
-        if not self._in_parts:
-            self._zero._lazy_init_hp_params_optimizer_state()
-        for name, keys in found.items():
-            parameter = self._parameters[name]
-            for key in keys:
-                if key == "step":
-                    continue
-                value = state.read(f"{name}.{key}").to(self._device)
-                if self._in_parts:
-                    safe_set_local_optimizer_state(parameter, self._cut(parameter, value), key)
-                else:
-                    safe_set_full_optimizer_state(parameter, value, key)
-
-    def _cut(self, parameter: Any, whole: Tensor) -> Tensor:
-        """This process's part of a tensor under ZeRO-3: equal parts of the flat tensor, the last one filled up."""
-        size, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()
-        part = whole.new_zeros(size)
-        own = whole.flatten()[rank * size : (rank + 1) * size]
-        part[: own.numel()] = own
-        return part
+        for name, target in self.parts.make_state(state.specs).items():
+            piece = find_piece(name, target)
+            piece.data.copy_(state.read(name).flatten()[piece.start : piece.stop])
 
 
 def make_deepspeed_engine(
@@ -252,17 +205,24 @@ def make_deepspeed_engine(
     dtype: torch.dtype,
     initial: Tensors | None,
 ) -> Engine:
-    """The loop's engine around DeepSpeed's; `initial` are the trained weights, which DeepSpeed rounds to `dtype`."""
+    """The loop's engine around DeepSpeed's; `initial` are the trained weights, which are in `dtype` in the model."""
     import deepspeed
     from deepspeed.utils import set_z3_leaf_modules
 
+    settings = make_settings(config, strategy, dtype)
     if strategy.kind == "zero3":
         set_z3_leaf_modules(transformer, [CogVideoXBlock])  # a block is gathered as one, by hooks around its call
+        for parameter in transformer.parameters():
+            parameter.data = parameter.data.to(dtype)
+        # One weight after the other: `initialize` would put the whole model on each device first.
+        deepspeed.init_distributed()
+        deepspeed.zero.Init(module=transformer, config_dict_or_path=settings, dtype=dtype)
+        for module in transformer.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(accelerator.device))
     optimizer = make_optimizer(list(parameters.values()), config.optimizer)
     # Not `accelerator.prepare`, which does this on GPUs only.
-    engine, *_ = deepspeed.initialize(
-        model=transformer, optimizer=optimizer, config=make_settings(config, strategy, dtype)
-    )
+    engine, *_ = deepspeed.initialize(model=transformer, optimizer=optimizer, config=settings)
     store = DeepSpeedStore(engine, parameters, accelerator.device, is_main=accelerator.is_main_process)
     if initial is not None:
         store.write_weights(initial)

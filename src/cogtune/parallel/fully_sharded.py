@@ -7,6 +7,7 @@ process, and their gradients are averaged in one go after the last pass of a ste
 """
 
 import contextlib
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,8 @@ from cogtune.optimization import StepGuard
 from cogtune.parallel.engine import Engine
 from cogtune.parallel.strategy import Strategy
 from cogtune.saving import keys_by_parameter
+from cogtune.shards.filling import move_filled
+from cogtune.shards.parts import ParameterParts, Parts
 from cogtune.shards.pieces import local_part
 
 
@@ -37,7 +40,8 @@ def make_mesh(strategy: Strategy, device: torch.device) -> DeviceMesh:
 def shard_transformer(
     transformer: Any, strategy: Strategy, mesh: DeviceMesh, device: torch.device, dtype: torch.dtype, *, full: bool
 ) -> None:
-    """Divides a transformer in place, block by block, so that the device never holds more than one whole block.
+    """Divides a transformer in place, block by block, so that the device never holds more than one whole block. An
+    empty one (`shards.filling`) stays empty.
 
     Frozen models with an adapter: the adapter's weights come to the device whole. `full`: the model's own weights, or
     some of them, are trained in float32 and computed with in `dtype`.
@@ -52,11 +56,11 @@ def shard_transformer(
         "ignored_params": adapter,
     }
     for block in transformer.transformer_blocks:
-        block.to(device)
+        move_filled(block, device)
         fully_shard(block, reshard_after_forward=strategy.reshard, **options)
     for name, child in transformer.named_children():
         if name != "transformer_blocks":
-            child.to(device)
+            move_filled(child, device)
     # The root too gives its weights back: what is put into the parts between two passes is then seen by the next one.
     fully_shard(transformer, reshard_after_forward=True, **options)
     if strategy.offload_weights:
@@ -109,10 +113,16 @@ class ShardedStepGuard(StepGuard):
 class ShardedStore:
     """A `saving.Store` of parts, and of an adapter's whole weights. Tensors are gathered one after another."""
 
-    in_place = True
-
-    def __init__(self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, *, is_main: bool) -> None:
+    def __init__(
+        self,
+        transformer: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        *,
+        is_main: bool,
+    ) -> None:
         self._parameters, self._optimizer, self._is_main = parameters, optimizer, is_main
+        self.parts: Parts = ParameterParts(parameters, optimizer, publish=partial(give_back, transformer))
 
     def _read(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         found = {}
@@ -141,6 +151,7 @@ class ShardedStore:
         """`Store.write_weights`; each process takes its part of what it reads."""
         for name, parameter in self._parameters.items():
             local_part(parameter).copy_(_cut(parameter, weights.read(name)))
+        self.parts.publish()
 
     @torch.no_grad()
     def write_optimizer(self, state: Tensors) -> None:

@@ -1,6 +1,5 @@
 """Context parallelism in a run: `train.context_parallel` ranks share each sample."""
 
-import os
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -8,6 +7,7 @@ from diffusers import CogVideoXTransformer3DModel
 
 from cogtune.config import RunConfig
 from cogtune.errors import UserError
+from cogtune.launch import read_launch
 from cogtune.models import ModelFacts
 from cogtune.parallel.groups import make_group
 from cogtune.parallel.ranks import Teams
@@ -25,8 +25,8 @@ def check_context(config: RunConfig, facts: ModelFacts) -> None:
         if way != "auto":
             raise UserError(f"train.context_attention={way}: has no effect with train.context_parallel=1; remove it")
         return
-    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    on_node = int(os.environ.get("LOCAL_WORLD_SIZE", str(num_ranks)))
+    launch = read_launch()
+    num_ranks, on_node = launch.num_processes, launch.num_local
     reasons = {
         f"must divide the number of processes, which is {num_ranks}; start {size} or a multiple of it "
         "(accelerate launch --num_processes)": num_ranks % size > 0,

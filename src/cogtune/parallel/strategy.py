@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cogtune.errors import UserError
+from cogtune.launch import read_launch
 
 Kind = Literal["single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"]
 _ZERO: dict[str, Kind] = {"1": "zero1", "2": "zero2", "3": "zero3"}
@@ -66,7 +67,7 @@ class Strategy:
 
 def read_strategy(environment: Mapping[str, str]) -> Strategy:
     """The strategy that the launcher asks for; raises `UserError` for one that isn't supported."""
-    num_processes = int(environment.get("WORLD_SIZE", "1"))
+    num_processes = read_launch(environment).num_processes
     if _is_true(environment, "ACCELERATE_USE_DEEPSPEED"):
         return _read_deepspeed(environment, num_processes)
     if _is_true(environment, "ACCELERATE_USE_MEGATRON_LM"):

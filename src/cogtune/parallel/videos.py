@@ -4,7 +4,6 @@ A team of an even size takes the two halves of guidance apart, and each half's t
 (`sequence.SplitSequence`). The videos are those of one GPU up to rounding.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor
 
 from cogtune.errors import UserError
+from cogtune.launch import Launch
 from cogtune.parallel.groups import make_group
 from cogtune.parallel.ranks import Teams
 from cogtune.parallel.sequence import SplitSequence, TeamAttention, choose_way
@@ -56,14 +56,12 @@ def seconds_of(num_videos: int, num_ranks: int, size: int) -> float:
     return rounds / DOUBLING_GAIN ** (size.bit_length() - 1)
 
 
-def plan_ranks(
-    wanted: Literal["auto"] | int, *, num_videos: int, guided: bool, processes: tuple[int, int]
-) -> VideoRanks:
-    """Who makes what. `guided`: the halves of guidance may be apart; `processes`: this one's rank, and how many.
+def plan_ranks(wanted: Literal["auto"] | int, *, num_videos: int, guided: bool, launch: Launch) -> VideoRanks:
+    """Who makes what. `guided`: the halves of guidance may be apart.
 
     Raises `UserError` for a team size that doesn't divide the processes.
     """
-    rank, num_ranks = processes
+    rank, num_ranks = launch.rank, launch.num_processes
     if wanted == "auto":
         sizes = [size for size in (1, 2, 4, 8) if num_ranks % size == 0]
         size = min(sizes, key=lambda size: seconds_of(num_videos, num_ranks, size))
@@ -72,11 +70,6 @@ def plan_ranks(
         if num_ranks % size:
             raise UserError(f"--gpus-per-video {size}: must divide the number of processes, which is {num_ranks}")
     return VideoRanks(Teams(rank, num_ranks, size), 2 if guided and size % 2 == 0 else 1)
-
-
-def read_ranks() -> tuple[int, int]:
-    """Rank and number of ranks, from the launcher's environment; 0 and 1 without one."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager

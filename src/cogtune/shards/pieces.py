@@ -6,7 +6,7 @@ range of a tensor's numbers in their order. A piece of one layout is read into a
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class Piece:
 def find_piece(name: str, tensor: Tensor | Piece, *, rank: int = 0, world_size: int = 1) -> Piece:
     """This process's piece. A tensor without placement is the same on every process of `world_size`."""
     if isinstance(tensor, Piece):
-        return tensor
+        return replace(tensor, name=name)
     if not isinstance(tensor, DTensor):
         return Piece(name, tuple(tensor.shape), 0, _flat(tensor.detach()), copy=rank, num_copies=world_size)
     mesh = tensor.device_mesh
@@ -94,6 +94,8 @@ def choose_written(pieces: Mapping[str, Piece]) -> list[Piece]:
     return chosen
 
 
-def local_part(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor, sharing its memory."""
+def local_part(tensor: Tensor | Piece) -> Tensor:
+    """What this process has of a tensor, sharing its memory; of a `Piece` its flat numbers."""
+    if isinstance(tensor, Piece):
+        return tensor.data
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,18 +1,17 @@
 """A run's checkpoints in shards: its weights, optimizer state and average, named, saved and put back.
 
-Weights may be plain tensors (equal on every process), or `DTensor`s of `fully_shard`. What was saved by any number of
-processes, or as the whole files of one, is put back into any of these: each process reads its own ranges alone.
+What was saved by any number of processes, or as the whole files of one, is put back into whatever division a run has:
+each process reads its own ranges alone.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cogtune.ema import Ema
 from cogtune.errors import UserError
+from cogtune.shards.parts import Parts
 from cogtune.shards.pieces import Piece, find_piece
 from cogtune.shards.ranks import Ranks
 from cogtune.shards.stored import StoredTensors
@@ -22,57 +21,41 @@ from cogtune.shards.writer import CheckpointWriter
 class ShardedState:
     """The named tensors of a run."""
 
-    def __init__(
-        self,
-        parameters: Mapping[str, torch.nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        ema: Ema | None,
-        ranks: Ranks,
-    ) -> None:
-        self._parameters, self._optimizer, self._ema, self._ranks = parameters, optimizer, ema, ranks
+    def __init__(self, parts: Parts, ema: Ema | None, ranks: Ranks) -> None:
+        self._parts, self._ema, self._ranks = parts, ema, ranks
 
     def collect(self) -> dict[str, Tensor | Piece]:
         """Everything that is saved, sharing its memory: `weights.<name>`, `optimizer.<name>.<key>`, `ema.<name>`."""
-        found: dict[str, Tensor | Piece] = {f"weights.{name}": p for name, p in self._parameters.items()}
-        for name, parameter in self._parameters.items():
-            for key, value in self._optimizer.state.get(parameter, {}).items():
-                found[f"optimizer.{name}.{key}"] = value
+        found = {f"weights.{name}": weight for name, weight in self._parts.weights().items()}
+        found |= {f"optimizer.{name}": value for name, value in self._parts.state().items()}
         if self._ema is not None:
             found |= self._ema.pieces(rank=self._ranks.rank, world_size=self._ranks.world_size)
         return found
 
-    @torch.no_grad()
     def restore(self, folder: Path) -> None:
         """Reads this process's ranges; raises `UserError` where names or shapes differ from the run's."""
-        stored = StoredTensors(folder)
-        wrong = sorted(set(stored.names("weights")) ^ set(self._parameters))
+        stored, weights = StoredTensors(folder), self._parts.weights()
+        wrong = sorted(set(stored.names("weights")) ^ set(weights))
         if wrong:
             raise UserError(f"{folder}: the saved weights differ from the model's at {wrong[0]} ({len(wrong)} tensors)")
-        targets = [find_piece(f"weights.{name}", parameter) for name, parameter in self._parameters.items()]
+        targets = [find_piece(f"weights.{name}", weight) for name, weight in weights.items()]
         if self._ema is not None:
             targets += self._ema.pieces().values()
-        for name in stored.names("optimizer"):
-            owner, key = name.rsplit(".", 1)
-            if owner not in self._parameters:
-                raise UserError(f"{folder}: optimizer state of {owner}, which this config doesn't train")
-            parameter = self._parameters[owner]
-            saved = stored.tensors[f"optimizer.{name}"]
-            value = (
-                torch.zeros_like(parameter.detach(), dtype=saved.dtype)  # as sharded as the weight
-                if saved.shape == tuple(parameter.shape)
-                else torch.zeros(saved.shape, dtype=saved.dtype, device=parameter.device)
-            )
-            self._optimizer.state[parameter][key] = value
-            targets.append(find_piece(f"optimizer.{name}", value))
+        saved = stored.group("optimizer").specs
+        if unknown := [owner for name in saved if (owner := name.rsplit(".", 1)[0]) not in weights]:
+            raise UserError(f"{folder}: optimizer state of {unknown[0]}, which this config doesn't train")
+        if saved:
+            state = self._parts.make_state(saved)
+            targets += [find_piece(f"optimizer.{name}", value) for name, value in state.items()]
         stored.read_all(targets)
+        self._parts.publish()
 
 
 class ShardedSaver:
     """Saves and puts back a run's state (`saving.Saver`); every process calls each method, in step."""
 
-    def __init__(self, state: ShardedState, writer: CheckpointWriter, *, host: Any = None) -> None:
-        """`host`: weights in host memory, whose copies for the device follow what is read."""
-        self._state, self.writer, self._host = state, writer, host
+    def __init__(self, state: ShardedState, writer: CheckpointWriter) -> None:
+        self._state, self.writer = state, writer
         self._is_prepared = False
 
     def save(self, step: int, state: dict[str, Any]) -> None:
@@ -96,5 +79,3 @@ class ShardedSaver:
     def load(self, folder: Path) -> None:
         """Weights, optimizer and average from a checkpoint."""
         self._state.restore(folder)
-        if self._host is not None:
-            self._host.publish_all()

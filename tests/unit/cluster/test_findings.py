@@ -29,7 +29,8 @@ def make_job() -> list[Facts]:
                         "ecc_errors": 0, "slowed": [], "processes": 0},
                 "host": {"memory_gib": 900.0, "shm_gib": 400.0, "cores": 64}, "tflops": 700.0 + rank,
                 "folders": {"data.cache_dir": dict(folder), "output_dir": dict(folder)},
-                "model": {"digest": "abc", "files": 9}, "speed": {"all": 45.0, "node": 300.0, "pairs": pairs},
+                "model": {"digest": "abc", "files": 9},
+                "speed": {"all": 45.0, "node": 300.0, "gloo_ms": 0.4, "pairs": pairs},
             }
         )  # fmt: skip
     return job
@@ -57,6 +58,10 @@ DEFECTS: dict[str, tuple[Callable[[list[Facts]], Any], str]] = {
     "memory": (lambda job: job[6]["gpu"].update(free_gib=20.0), "rank 6 (node dora): only 20.0 of 80.0 GiB"),
     "ecc": (lambda job: job[0]["gpu"].update(ecc_errors=3), "rank 0 (node anna): 3 uncorrected memory error(s)"),
     "hot": (lambda job: job[0]["gpu"].update(slowed=["too hot"]), "slowed down or hot (too hot)"),
+    "gloo": (
+        lambda job: job[4]["speed"].update(gloo_problem="Connection refused"),
+        "rank 4 (node carl): no answer over gloo (Connection refused)",
+    ),
     "shm": (lambda job: [job[i]["host"].update(shm_gib=0.06) for i in (2, 3)], "node bert: 0.06 GiB free in /dev/shm"),
     "clock": (lambda job: [job[i].update(clock_seconds=-7.0) for i in (2, 3)], "node bert: its clock is -7.0 s off"),
     "disk": (lambda job: job[2]["folders"]["output_dir"].update(write=9.0), "(node bert): output_dir (/shared/x)"),

@@ -41,13 +41,18 @@ def test_an_optimizer_elsewhere_is_refused_in_full_fine_tuning() -> None:
             check_strategy(config, FSDP2, torch.bfloat16, full=True)
 
 
-def test_what_deepspeed_rounds_or_divides_otherwise() -> None:
-    averaged = RunConfig.model_validate({"train": {"ema_decay": 0.9}})
+def test_what_deepspeed_rounds() -> None:
     decomposed = RunConfig.model_validate({"adapter": {"use_dora": True}})
     two_rates = RunConfig.model_validate({"optimizer": {"lora_plus_ratio": 16}})
-    refused = {"train.ema_decay": averaged, "adapter.use_dora": decomposed, "optimizer.lora_plus_ratio=16": two_rates}
-    for name, config in refused.items():
+    for name, config in {"adapter.use_dora": decomposed, "optimizer.lora_plus_ratio=16": two_rates}.items():
         with pytest.raises(UserError, match=name):
             check_strategy(config, ZERO2, torch.bfloat16, full=False)
         check_strategy(config, FSDP2, torch.bfloat16, full=False)
     check_strategy(decomposed, ZERO2, torch.float32, full=False)
+
+
+def test_averages_and_parts_go_with_all() -> None:
+    train = {"ema_decay": 0.9, "trained_weights": ["attention"]}
+    config = RunConfig.model_validate({"train": train, "checkpoint": {"asynchronous": "on"}})
+    for strategy in (DDP, FSDP2, *(Strategy(kind, 4, 4) for kind in ("zero1", "zero2", "zero3"))):
+        check_strategy(config, strategy, torch.bfloat16, full=True)

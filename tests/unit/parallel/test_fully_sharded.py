@@ -95,7 +95,7 @@ def test_what_is_put_into_the_parts_is_computed_with(group: None) -> None:
         for parameter in other.parameters():
             parameter.mul_(1.5)
         parameters = dict(divided.named_parameters())
-        store = ShardedStore(parameters, torch.optim.SGD(parameters.values()), is_main=True)
+        store = ShardedStore(divided, parameters, torch.optim.SGD(parameters.values()), is_main=True)
         store.write_weights(hold("other", dict(other.named_parameters())))
         found = divided(**make_inputs(), return_dict=False)[0]
         torch.testing.assert_close(found, other(**make_inputs(), return_dict=False)[0], rtol=1e-4, atol=1e-6)

@@ -4,13 +4,14 @@ import pytest
 
 from cogtune.errors import UserError
 from cogtune.generation_options import parse_generation
+from cogtune.launch import Launch
 from cogtune.parallel.videos import VideoRanks, plan_ranks
 
 BASIC = ["--model", "tiny", "--prompt", "a", "--output", "o.mp4"]
 
 
 def plan(num_videos: int, num_ranks: int, *, guided: bool = True, wanted: int | None = None) -> VideoRanks:
-    return plan_ranks(wanted or "auto", num_videos=num_videos, guided=guided, processes=(0, num_ranks))
+    return plan_ranks(wanted or "auto", num_videos=num_videos, guided=guided, launch=Launch(0, num_ranks))
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,7 @@ def test_every_video_is_made_by_one_team_and_led_by_one_rank() -> None:
     """Also where counts don't divide: a team without a video is done."""
     made = []
     for rank in range(8):
-        ranks = plan_ranks(2, num_videos=5, guided=True, processes=(rank, 8))
+        ranks = plan_ranks(2, num_videos=5, guided=True, launch=Launch(rank, 8))
         if ranks.leads:
             made += range(5)[ranks.teams.team :: ranks.teams.num_teams]
     assert sorted(made) == list(range(5))

@@ -1,0 +1,78 @@
+"""What each process has of a run's trained weights and of its optimizer's state, where it is, under their names.
+
+Checkpoints are saved from and read into it, and the average of the weights follows it, whatever divides them.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cogtune.formats.tensors import Spec
+from cogtune.shards.pieces import Piece
+
+
+class Parts(Protocol):
+    """A process's share; tensors without placement are whole, and equal on every process."""
+
+    def weights(self) -> Mapping[str, Tensor | Piece]:
+        """The weights in the precision that they are trained in, sharing their memory, which stays where it is."""
+        ...
+
+    def state(self) -> Mapping[str, Tensor | Piece]:
+        """The optimizer's state by `<weight>.<key>`, sharing its memory; nothing before the first step."""
+        ...
+
+    def make_state(self, saved: Mapping[str, Spec]) -> Mapping[str, Tensor | Piece]:
+        """New state like what was saved, by `<weight>.<key>`: all that has to be read, sharing its memory."""
+        ...
+
+    def publish(self) -> None:
+        """After weights were changed here: what computes follows. Every process calls it, between two passes."""
+        ...
+
+
+class ParameterParts:
+    """Parameters and an optimizer that has each one's state: plain tensors, or `DTensor`s of `fully_shard`."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        *,
+        publish: Callable[[], None] | None = None,
+    ) -> None:
+        """`publish`: what there is to do for `Parts.publish`."""
+        self._parameters, self._optimizer, self._publish = parameters, optimizer, publish
+
+    def weights(self) -> Mapping[str, Tensor | Piece]:
+        """`Parts.weights`."""
+        return self._parameters
+
+    def state(self) -> Mapping[str, Tensor | Piece]:
+        """`Parts.state`."""
+        return {
+            f"{name}.{key}": value
+            for name, parameter in self._parameters.items()
+            for key, value in self._optimizer.state.get(parameter, {}).items()
+        }
+
+    @torch.no_grad()
+    def make_state(self, saved: Mapping[str, Spec]) -> Mapping[str, Tensor | Piece]:
+        """`Parts.make_state`."""
+        found = {}
+        for name, stored in saved.items():
+            owner, key = name.rsplit(".", 1)
+            parameter = self._parameters[owner]
+            found[name] = self._optimizer.state[parameter][key] = (
+                torch.zeros_like(parameter.detach(), dtype=stored.dtype)  # as sharded as the weight
+                if stored.shape == tuple(parameter.shape)
+                else torch.zeros(stored.shape, dtype=stored.dtype, device=parameter.device)
+            )
+        return found
+
+    def publish(self) -> None:
+        """`Parts.publish`."""
+        if self._publish is not None:
+            self._publish()
