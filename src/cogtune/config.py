@@ -154,7 +154,7 @@ class TrainSettings(Section):
     """Compile each transformer block; auto: on a GPU."""
     attention: Literal["auto", "default", "cudnn", "flash", "efficient", "flash3", "flash4"] = "auto"
     """Attention kernel; auto: the fastest for the run's shape, measured at the start (flash3 and flash4 where their
-    packages are installed); default: PyTorch's choice, which is also what a CPU takes."""
+    packages are installed); default: PyTorch's choice, which a CPU takes too but for small shapes in 16 bits."""
     float8_base: bool = False
     """Multiply by the blocks' frozen weights in float8, one scale a row, forward and for input gradients: faster, not
     exact. The adapter's own products stay exact. LoRA only; needs a GPU of compute capability 8.9 (Ada, Hopper)."""

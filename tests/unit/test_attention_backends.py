@@ -18,6 +18,7 @@ from cogtune.attention_backends import (
     choose_backend,
     is_installed,
     measure_backends,
+    pick_backend,
 )
 from cogtune.config import TrainSettings
 from cogtune.errors import UserError
@@ -32,7 +33,7 @@ def times(**totals: float) -> dict[Backend, BackendTiming]:
 
 def test_settings_and_backends_are_the_same_list() -> None:
     options = TrainSettings.model_json_schema()["properties"]["attention"]["enum"]
-    assert set(options) == {"auto", *SDPA_BACKENDS}
+    assert {*options, "math"} == {"auto", *SDPA_BACKENDS}, "math is a CPU's own choice"
 
 
 def test_the_fastest_kernel_is_taken_where_it_is_clearly_faster() -> None:
@@ -56,6 +57,22 @@ def test_a_cpu_measures_its_default_alone() -> None:
     timings = measure_backends(batch_size=1, tokens=24, device=CPU, **SHAPE)
     assert list(timings) == ["default"]
     assert timings["default"].total == timings["default"].forward + timings["default"].backward > 0
+
+
+@pytest.mark.parametrize(
+    ("wanted", "dtype", "tokens", "expected"),
+    [
+        ("auto", torch.bfloat16, 184, "math"),
+        ("auto", torch.float32, 184, "default"),
+        ("default", torch.bfloat16, 184, "default"),
+        ("auto", torch.bfloat16, 17776, "default"),  # 30 GB of scores
+    ],
+)
+def test_a_cpu_takes_plain_products_for_small_shapes_in_16_bits(
+    wanted: Any, dtype: torch.dtype, tokens: int, expected: Backend
+) -> None:
+    shape: dict[str, Any] = {"batch_size": 8, "num_heads": 4, "head_dim": 48, "device": CPU}
+    assert pick_backend(wanted, tokens=tokens, dtype=dtype, **shape) == (expected, {})
 
 
 def test_kernels_that_do_not_run_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
