@@ -5,7 +5,7 @@ import importlib.util
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 import torch
 import torch.nn.attention as torch_attention
@@ -40,6 +40,17 @@ _REPEATS = 3
 _PROBE_TOKENS = 256
 # What kernels and the packages around them raise for a shape, a precision or a device that they don't take.
 _REFUSALS = (RuntimeError, ImportError, AssertionError, ValueError, TypeError, AttributeError, NotImplementedError)
+
+
+class Layer(TypedDict):
+    """What of an attention layer decides how fast a kernel is."""
+
+    batch_size: int
+    num_heads: int
+    tokens: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -113,23 +124,17 @@ def check_backend(
 
 
 def measure_backends(
-    *,
-    batch_size: int,
-    num_heads: int,
-    tokens: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    candidates: tuple[Backend, ...] | None = None,
+    *, candidates: tuple[Backend, ...] | None = None, **layer: Unpack[Layer]
 ) -> dict[Backend, BackendTiming]:
-    """Seconds by backend for those that take this shape on this device; on a CPU the default alone."""
+    """Seconds by backend for those that take this layer on its device; on a CPU the default alone."""
+    device = layer["device"]
     if candidates is None:
         candidates = _CANDIDATES if device.type == "cuda" else ("default",)
     # The layout that the projections leave: heads beside one another within a token.
-    shape = (batch_size, tokens, num_heads, head_dim)
+    shape = (layer["batch_size"], layer["tokens"], layer["num_heads"], layer["head_dim"])
     generator = torch.Generator(device).manual_seed(0)
     query, key, value, grad = (
-        torch.randn(shape, device=device, dtype=dtype, generator=generator).transpose(1, 2) for _ in range(4)
+        torch.randn(shape, device=device, dtype=layer["dtype"], generator=generator).transpose(1, 2) for _ in range(4)
     )
     inputs = (query.requires_grad_(), key.requires_grad_(), value.requires_grad_())
     found: dict[Backend, BackendTiming] = {}
@@ -145,26 +150,16 @@ def measure_backends(
 
 
 def pick_backend(
-    wanted: Literal["auto"] | Backend,
-    *,
-    batch_size: int,
-    num_heads: int,
-    tokens: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    device: torch.device,
+    wanted: Literal["auto"] | Backend, **layer: Unpack[Layer]
 ) -> tuple[Backend, dict[Backend, BackendTiming]]:
-    """Takes a kernel for the shape, makes it active for the process, and says what was measured for that: on a GPU,
-    unless PyTorch's own choice is wanted. A CPU takes PyTorch's, but for small shapes in 16 bits."""
-    if device.type == "cpu" and wanted == "auto" and dtype != torch.float32:
-        scores = 4 * batch_size * num_heads * tokens**2
-        return ("math" if scores <= _SMALL_SCORES else "default"), {}
-    timings: dict[Backend, BackendTiming] = {}
-    if device.type == "cuda" and wanted != "default":
-        timings = measure_backends(
-            batch_size=batch_size, num_heads=num_heads, tokens=tokens, head_dim=head_dim, dtype=dtype, device=device
-        )
+    """Takes a kernel for the layer, makes it active for the process, and says what was measured for that: on a GPU,
+    unless PyTorch's own choice is wanted. A CPU takes PyTorch's, but for small layers in 16 bits."""
+    on_gpu = layer["device"].type == "cuda"
+    timings = measure_backends(**layer) if on_gpu and wanted != "default" else {}
     backend = choose_backend(wanted, timings)
+    if wanted == "auto" and not on_gpu and layer["dtype"] != torch.float32:
+        scores = 4 * layer["batch_size"] * layer["num_heads"] * layer["tokens"] ** 2
+        backend = "math" if scores <= _SMALL_SCORES else backend
     activate(backend)
     return backend, timings
 

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from cogtune.checkpoint import CheckpointFolder
 from cogtune.ema import Ema
-from cogtune.errors import UserError
 from cogtune.formats.tensors import Tensors, hold
-from cogtune.shards.parts import ParameterParts, Parts
+from cogtune.shards.parts import ParameterParts, Parts, make_saved_state, write_parts
 from cogtune.shards.stored import StoredTensors
 
 OPTIMIZER = "optimizer.safetensors"
@@ -104,7 +103,8 @@ class DeviceStore:
         is_main: bool = True,
     ) -> None:
         self._parameters, self._optimizer, self._is_main = parameters, optimizer, is_main
-        self.parts: Parts = ParameterParts(parameters, optimizer, publish=None if host is None else host.publish_all)
+        self._own = ParameterParts(parameters, optimizer, publish=None if host is None else host.publish_all)
+        self.parts: Parts = self._own
 
     def read_weights(self) -> dict[str, Tensor]:
         """`Store.read_weights`."""
@@ -116,11 +116,7 @@ class DeviceStore:
         """`Store.read_optimizer`."""
         if not self._is_main:
             return {}
-        return {
-            f"{name}.{key}": value.detach().cpu().contiguous()
-            for name, parameter in self._parameters.items()
-            for key, value in self._optimizer.state.get(parameter, {}).items()
-        }
+        return {name: value.detach().cpu().contiguous() for name, value in self._own.state().items()}
 
     def largest_moments(self) -> dict[str, Tensor]:
         """`Store.largest_moments`; of 8-bit state, the scales'."""
@@ -132,30 +128,14 @@ class DeviceStore:
                 found[name] = moment.abs().max()
         return found
 
-    @torch.no_grad()
     def write_weights(self, weights: Tensors) -> None:
         """`Store.write_weights`."""
-        for name, parameter in self._parameters.items():
-            parameter.copy_(weights.read(name))
+        write_parts(self.parts.weights(), weights)
         self.parts.publish()
 
     def write_optimizer(self, state: Tensors) -> None:
         """`Store.write_optimizer`; on each parameter's device."""
-        for name, keys in keys_by_parameter(state, self._parameters).items():
-            parameter = self._parameters[name]
-            values = {key: state.read(f"{name}.{key}").to(parameter.device) for key in keys}
-            self._optimizer.state[parameter] = values
-
-
-def keys_by_parameter(state: Tensors, parameters: Mapping[str, object]) -> dict[str, list[str]]:
-    """The keys of each parameter's optimizer state; raises `UserError` for one that isn't trained."""
-    found: dict[str, list[str]] = {}
-    for name in state.specs:
-        owner, key = name.rsplit(".", 1)
-        if owner not in parameters:
-            raise UserError(f"{state.label}: optimizer state of {owner}, which this config doesn't train")
-        found.setdefault(owner, []).append(key)
-    return found
+        write_parts(make_saved_state(self.parts, state), state)
 
 
 class WholeSaver:
@@ -175,11 +155,7 @@ class WholeSaver:
     def save(self, step: int, state: dict[str, Any]) -> None:
         """`Saver.save`."""
         weights, moments = self._store.read_weights(), self._store.read_optimizer()
-        averages: dict[str, Tensor] = {}
-        if self._ema is not None:
-            with self._ema.swapped_in():
-                # What is read may be the memory that the average leaves again.
-                averages = {name: tensor.clone() for name, tensor in self._store.read_weights().items()}
+        averages = {} if self._ema is None else _copy_weights(self._store, self._ema)
 
         def write(folder: Path) -> None:
             self._files.save(folder, weights, trained=step > 0)
@@ -218,6 +194,11 @@ def read_final_weights(store: Store, ema: Ema | None, newest: Path, *, in_shards
     """
     if in_shards:
         return StoredTensors(newest).group("weights" if ema is None else "ema")
+    return hold(str(newest), _copy_weights(store, ema))
+
+
+def _copy_weights(store: Store, ema: Ema | None) -> dict[str, Tensor]:
+    """An adapter's weights, averaged where that is on; every process calls it."""
     with contextlib.nullcontext() if ema is None else ema.swapped_in():
-        # An adapter is small; what is read may be the memory that the average leaves again.
-        return hold(str(newest), {name: tensor.clone() for name, tensor in store.read_weights().items()})
+        # What is read may be the memory that the average leaves again.
+        return {name: tensor.clone() for name, tensor in store.read_weights().items()}

@@ -217,7 +217,7 @@ def _links(ranks: Sequence[Facts]) -> Iterable[Finding]:
 def _find_slow(speeds: Mapping[Any, float]) -> Iterator[tuple[Any, float, float]]:
     """Who is far slower than usual, with both speeds."""
     usual = statistics.median_high(speeds.values())
-    return ((who, speed, usual) for who, speed in speeds.items() if speed < SLOW * usual)
+    return ((place, speed, usual) for place, speed in speeds.items() if speed < SLOW * usual)
 
 
 def make_table(ranks: Sequence[Facts]) -> str:

@@ -22,9 +22,8 @@ from cogtune.optimization import FIRST_LOSS_SCALE, MAX_OVERFLOWS_IN_A_ROW, SCALE
 from cogtune.parallel.engine import Engine
 from cogtune.parallel.strategy import Strategy
 from cogtune.parallel.zero_parts import ZeroParts
-from cogtune.saving import keys_by_parameter
-from cogtune.shards.parts import Parts
-from cogtune.shards.pieces import Piece, find_piece
+from cogtune.shards.parts import Parts, make_saved_state, write_parts
+from cogtune.shards.pieces import Piece
 
 _SMALLEST_LOSS_SCALE = 2.0**-MAX_OVERFLOWS_IN_A_ROW
 
@@ -177,22 +176,14 @@ class DeepSpeedStore:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return {name.removesuffix(".exp_avg"): value for name, value in zip(firsts, largest.unbind(), strict=True)}
 
-    @torch.no_grad()
     def write_weights(self, weights: Tensors) -> None:
         """`Store.write_weights`: the float32 ones, and the copies that compute."""
-        for name, piece in self._zero_parts.pieces().items():
-            if piece.data.numel():
-                piece.data.copy_(weights.read(name).flatten()[piece.start : piece.stop])
+        write_parts(self.parts.weights(), weights)
         self.parts.publish()
 
-    @torch.no_grad()
     def write_optimizer(self, state: Tensors) -> None:
         """`Store.write_optimizer`."""
-        if not keys_by_parameter(state, self._zero_parts.pieces()):
-            return
-        for name, target in self.parts.make_state(state.specs).items():
-            piece = find_piece(name, target)
-            piece.data.copy_(state.read(name).flatten()[piece.start : piece.stop])
+        write_parts(make_saved_state(self.parts, state), state)
 
 
 def make_deepspeed_engine(

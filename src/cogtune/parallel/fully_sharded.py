@@ -7,6 +7,7 @@ process, and their gradients are averaged in one go after the last pass of a ste
 """
 
 import contextlib
+from collections.abc import Mapping
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -23,9 +24,8 @@ from cogtune.formats.tensors import Tensors
 from cogtune.optimization import StepGuard
 from cogtune.parallel.engine import Engine
 from cogtune.parallel.strategy import Strategy
-from cogtune.saving import keys_by_parameter
 from cogtune.shards.filling import move_filled
-from cogtune.shards.parts import ParameterParts, Parts
+from cogtune.shards.parts import ParameterParts, Parts, make_saved_state, write_parts
 from cogtune.shards.pieces import local_part
 
 
@@ -122,9 +122,10 @@ class ShardedStore:
         is_main: bool,
     ) -> None:
         self._parameters, self._optimizer, self._is_main = parameters, optimizer, is_main
-        self.parts: Parts = ParameterParts(parameters, optimizer, publish=partial(give_back, transformer))
+        self._own = ParameterParts(parameters, optimizer, publish=partial(give_back, transformer))
+        self.parts: Parts = self._own
 
-    def _read(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _read(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found = {}
         for name, tensor in tensors.items():
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -138,35 +139,16 @@ class ShardedStore:
 
     def read_optimizer(self) -> dict[str, Tensor]:
         """`Store.read_optimizer`."""
-        return self._read(
-            {
-                f"{name}.{key}": value
-                for name, parameter in self._parameters.items()
-                for key, value in self._optimizer.state.get(parameter, {}).items()
-            }
-        )
+        return self._read(self._own.state())
 
-    @torch.no_grad()
     def write_weights(self, weights: Tensors) -> None:
         """`Store.write_weights`; each process takes its part of what it reads."""
-        for name, parameter in self._parameters.items():
-            local_part(parameter).copy_(_cut(parameter, weights.read(name)))
+        write_parts(self.parts.weights(), weights)
         self.parts.publish()
 
-    @torch.no_grad()
     def write_optimizer(self, state: Tensors) -> None:
         """`Store.write_optimizer`."""
-        for name, keys in keys_by_parameter(state, self._parameters).items():
-            parameter = self._parameters[name]
-            found: dict[str, Tensor] = {}
-            for key in keys:
-                value = state.read(f"{name}.{key}")
-                if value.ndim == 0 or not isinstance(parameter, DTensor):
-                    found[key] = value.to(local_part(parameter.detach()).device)
-                    continue
-                found[key] = torch.zeros_like(parameter.detach())
-                local_part(found[key]).copy_(_cut(parameter, value))
-            self._optimizer.state[parameter] = found
+        write_parts(make_saved_state(self.parts, state), state)
 
     def largest_moments(self) -> dict[str, Tensor]:
         """`Store.largest_moments`."""
@@ -181,16 +163,6 @@ class ShardedStore:
         largest = torch.stack([part.abs().max() if part.numel() else part.new_zeros(()) for part in parts])
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return dict(zip(found, largest.unbind(), strict=True))
-
-
-def _cut(parameter: nn.Parameter, whole: Tensor) -> Tensor:
-    """This process's part of a whole tensor, divided as the parameter is: along the first dimension."""
-    if not isinstance(parameter, DTensor):
-        return whole
-    mesh = parameter.device_mesh
-    chunks = whole.chunk(mesh.size(mesh.ndim - 1))
-    rank = mesh.get_local_rank(mesh.ndim - 1)
-    return chunks[rank] if rank < len(chunks) else whole[:0]
 
 
 def make_sharded_engine(

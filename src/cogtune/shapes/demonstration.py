@@ -69,7 +69,7 @@ def _run_copy(command: Sequence[str]) -> int:
 
 
 def training_precision() -> str:
-    """`model.dtype` for the demo: bfloat16 on a CPU with products of its own for it, which are a third faster."""
+    """`model.dtype` for the demo: bfloat16 on a CPU with products of its own for it, which are faster."""
     known: Callable[[], Mapping[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)  # of newer releases
     found = known()
     has_products = bool(found.get("avx512_bf16") or found.get("amx_bf16"))

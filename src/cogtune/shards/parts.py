@@ -9,8 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from cogtune.formats.tensors import Spec
-from cogtune.shards.pieces import Piece
+from cogtune.errors import UserError
+from cogtune.formats.tensors import Spec, Tensors
+from cogtune.shards.pieces import Piece, find_piece
 
 
 class Parts(Protocol):
@@ -33,6 +34,24 @@ class Parts(Protocol):
         ...
 
 
+def make_saved_state(parts: Parts, saved: Tensors) -> Mapping[str, Tensor | Piece]:
+    """`Parts.make_state` for what was saved; raises `UserError` for state of a weight that isn't trained."""
+    weights = parts.weights()
+    for name in saved.specs:
+        if (owner := name.rsplit(".", 1)[0]) not in weights:
+            raise UserError(f"{saved.label}: optimizer state of {owner}, which this config doesn't train")
+    return parts.make_state(saved.specs) if saved.specs else {}
+
+
+@torch.no_grad()
+def write_parts(targets: Mapping[str, Tensor | Piece], whole: Tensors) -> None:
+    """Each process takes its part of whole tensors of the same names; those it has nothing of are not read."""
+    for name, target in targets.items():
+        piece = find_piece(name, target)
+        if piece.data.numel():
+            piece.data.copy_(whole.read(name).flatten()[piece.start : piece.stop])
+
+
 class ParameterParts:
     """Parameters and an optimizer that has each one's state: plain tensors, or `DTensor`s of `fully_shard`."""
 
@@ -50,7 +69,7 @@ class ParameterParts:
         """`Parts.weights`."""
         return self._parameters
 
-    def state(self) -> Mapping[str, Tensor | Piece]:
+    def state(self) -> Mapping[str, Tensor]:
         """`Parts.state`."""
         return {
             f"{name}.{key}": value

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cogtune.ema import Ema
 from cogtune.errors import UserError
-from cogtune.shards.parts import Parts
+from cogtune.shards.parts import Parts, make_saved_state
 from cogtune.shards.pieces import Piece, find_piece
 from cogtune.shards.ranks import Ranks
 from cogtune.shards.stored import StoredTensors
@@ -41,12 +41,8 @@ class ShardedState:
         targets = [find_piece(f"weights.{name}", weight) for name, weight in weights.items()]
         if self._ema is not None:
             targets += self._ema.pieces().values()
-        saved = stored.group("optimizer").specs
-        if unknown := [owner for name in saved if (owner := name.rsplit(".", 1)[0]) not in weights]:
-            raise UserError(f"{folder}: optimizer state of {unknown[0]}, which this config doesn't train")
-        if saved:
-            state = self._parts.make_state(saved)
-            targets += [find_piece(f"optimizer.{name}", value) for name, value in state.items()]
+        state = make_saved_state(self._parts, stored.group("optimizer"))
+        targets += [find_piece(f"optimizer.{name}", value) for name, value in state.items()]
         stored.read_all(targets)
         self._parts.publish()
 
