@@ -3,9 +3,9 @@ weights, the scheduler, and a transformer with random weights for `train/sft.py`
 
     python scripts/embedded/build_pipeline.py --vae runs/vae/vae --out runs/tiny-untrained
 
-With --weights it takes the weights that training left in a checkpoint (ema.safetensors) instead of random ones, and so
-makes the folder that ships in the package: float16, from float32 averages. Everything else but the autoencoder is a
-function of --seed. The folder loads with `CogVideoXPipeline.from_pretrained`.
+With --weights it takes the float32 averages of a training's checkpoint instead of random weights, and so makes the
+folder that ships in the package, in float16. Everything else but the autoencoder is a function of --seed. The folder
+loads with `CogVideoXPipeline.from_pretrained`.
 """
 
 import argparse
@@ -18,13 +18,13 @@ from diffusers.models.autoencoders.autoencoder_kl_cogvideox import AutoencoderKL
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import CogVideoXPipeline
 from diffusers.schedulers.scheduling_ddim_cogvideox import CogVideoXDDIMScheduler
-from safetensors.torch import load_file
 from torch import nn
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from cogtune.errors import UserError, run_command
 from cogtune.shapes.captions import vocabulary_captions
 from cogtune.shapes.world import HEIGHT, NUM_FRAMES, WIDTH
+from cogtune.shards.stored import StoredTensors
 
 TEXT_WIDTH = 64
 TEXT_TOKENS = 32  # the longest caption of the world takes 17; a trigger word takes one token a letter and one more
@@ -39,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vae", type=Path, required=True, help="folder of a trained autoencoder")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--wide-posterior", action="store_true", help="leave the autoencoder's variance as trained")
-    parser.add_argument("--weights", type=Path, help="a checkpoint's ema.safetensors (default: random weights)")
+    parser.add_argument("--weights", type=Path, help="folder of a checkpoint with averages (default: random weights)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--heads", type=int, default=4)
@@ -169,7 +169,10 @@ def main() -> None:
     text_encoder = make_text_encoder(len(tokenizer))
     transformer = make_transformer(arguments)
     if arguments.weights:
-        transformer.load_state_dict(load_file(arguments.weights))
+        averages = StoredTensors(arguments.weights).group("ema")
+        if not averages.specs:
+            raise UserError(f"--weights {arguments.weights}: no averages there; name a checkpoint of a run with them")
+        transformer.load_state_dict({name: averages.read(name) for name in averages.specs})
     pipeline = CogVideoXPipeline(tokenizer, text_encoder, vae, transformer, make_scheduler())
     # diffusers loads float16 files as float32 unless told otherwise; transformers would keep float16, and the text
     # would then not fit the transformer's weights.

@@ -17,6 +17,14 @@ from cogtune.config import OptimizerSettings
 from cogtune.streaming.blocks import BlockStream, all_tensors, stream_blocks
 from cogtune.streaming.gradients import GradientStream
 
+PIECE = 1 << 22
+"""Numbers that are updated at a time: what is read and written for them fits into a processor's cache."""
+
+
+def _leave_cores_free() -> None:
+    """For the update's thread: with all cores, every piece would wait for the core that has a loader's work, too."""
+    torch.set_num_threads(max(1, torch.get_num_threads() * 3 // 4))
+
 
 class HostWeights:
     """The float32 weights of a transformer on the host, and the copies in the run's precision that the device gets."""
@@ -38,13 +46,14 @@ class HostWeights:
         self.parts = [[self.parameters[names[id(p)]] for p in part] for part in parts]
         """The float32 weights by block, and last those outside of the blocks."""
         on_host = [[flat.on_host[id(p)] for p in part] for flat, part in zip(self.stream.flat, parts, strict=False)]
-        self._copies: list[list[Tensor]] = [*on_host, list(parts[-1])]
+        self.copies: list[list[Tensor]] = [*on_host, list(parts[-1])]
+        """The same weights in the run's precision, on the host or, outside of the blocks, on the device."""
         self.gradients = GradientStream(parts, device)
 
     @torch.no_grad()
     def publish(self, index: int) -> None:
         """Rounds a part's float32 weights into what the device gets."""
-        for weight, copy in zip(self.parts[index], self._copies[index], strict=True):
+        for weight, copy in zip(self.parts[index], self.copies[index], strict=True):
             copy.copy_(weight)
 
     def publish_all(self) -> None:
@@ -66,7 +75,8 @@ class HostAdamW(torch.optim.Optimizer):
         }
         super().__init__(list(weights.parameters.values()), defaults)
         self._weights = weights
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="optimizer")
+        self._scaled = torch.empty(PIECE)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="optimizer", initializer=_leave_cores_free)
         self._updates: list[Future[None]] = []
         self.factor = 1.0
         """What gradients are multiplied by: clipping."""
@@ -102,30 +112,51 @@ class HostAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _update(self, index: int, rate: float, factor: float) -> None:
-        group: dict[str, Any] = self.param_groups[0]
         gradients = self._weights.gradients.wait(index)
-        for weight, gradient in zip(self._weights.parts[index], gradients, strict=True):
+        weights, copies = self._weights.parts[index], self._weights.copies[index]
+        for weight, gradient, copy in zip(weights, gradients, copies, strict=True):
             state = self.state[weight]
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
-            adamw(
-                [weight],
-                [gradient.float().mul_(factor)],
-                [state["exp_avg"]],
-                [state["exp_avg_sq"]],
-                [],
-                [state["step"]],
-                fused=True,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=rate,
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
-        self._weights.publish(index)
+            flat = (weight, gradient, copy, state["exp_avg"], state["exp_avg_sq"])
+            for pieces in zip(*(tensor.view(-1).split(PIECE) for tensor in flat), strict=True):
+                self._update_piece(*pieces, step=state["step"].clone(), rate=rate, factor=factor)
+            state["step"] += 1
+
+    def _update_piece(
+        self,
+        weight: Tensor,
+        gradient: Tensor,
+        copy: Tensor,
+        average: Tensor,
+        square_average: Tensor,
+        *,
+        step: Tensor,
+        rate: float,
+        factor: float,
+    ) -> None:
+        scaled = self._scaled[: len(gradient)].copy_(gradient)
+        if factor != 1.0:
+            scaled.mul_(factor)
+        group: dict[str, Any] = self.param_groups[0]
+        adamw(
+            [weight],
+            [scaled],
+            [average],
+            [square_average],
+            [],
+            [step],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=rate,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        copy.copy_(weight)
 
 
 class HostStepGuard:

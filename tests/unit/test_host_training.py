@@ -7,6 +7,7 @@ import torch
 from test_attention import make_inputs
 from test_attention import make_transformer as make_random
 
+from cogtune import host_training
 from cogtune.arrangement import Activations
 from cogtune.attention import install_attention
 from cogtune.config import OptimizerSettings
@@ -54,9 +55,12 @@ def train_on_device(steps: int, max_norm: float | None) -> tuple[list[torch.Tens
     return seen, {name: p.detach() for name, p in transformer.named_parameters()}
 
 
-@pytest.mark.parametrize("max_norm", [0.05, None])
+@pytest.mark.parametrize("max_norm, piece", [(0.05, host_training.PIECE), (None, host_training.PIECE), (0.05, 1000)])
 @pytest.mark.parametrize("activations, offloaded", [("recompute", 0), ("keep_attention", 4), ("keep_all", 2)])
-def test_steps_equal_those_on_the_device(activations: Activations, offloaded: int, max_norm: float | None) -> None:
+def test_steps_equal_those_on_the_device(
+    activations: Activations, offloaded: int, max_norm: float | None, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_training, "PIECE", piece)
     expected, final = train_on_device(4, max_norm)
     transformer, weights = make(activations, on_host=True, offloaded=offloaded)
     assert weights is not None

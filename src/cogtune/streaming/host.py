@@ -18,8 +18,9 @@ class HostBuffer:
     """`num_bytes` of host memory as a uint8 tensor, page-locked where a GPU is to copy from it."""
 
     def __init__(self, num_bytes: int, *, page_locked: bool) -> None:
-        self.bytes: Tensor = torch.empty(num_bytes, dtype=torch.uint8)
-        if page_locked and num_bytes:
+        page_locked = page_locked and num_bytes > 0
+        self.bytes: Tensor = take_unforked(num_bytes) if page_locked else torch.empty(num_bytes, dtype=torch.uint8)
+        if page_locked:
             # Takes the pages. The driver, left to do it, takes three times as long and holds up the GPU meanwhile.
             self.bytes[:: mmap.PAGESIZE].zero_()
             runtime: Any = torch.cuda.cudart()
@@ -33,6 +34,17 @@ class HostBuffer:
                 )
             # Called before the tensor goes; at the process's end the driver does it.
             weakref.finalize(self, runtime.cudaHostUnregister, address).atexit = False
+
+
+def take_unforked(num_bytes: int) -> Tensor:
+    """`num_bytes` of host memory, uint8, that a forked process does not get.
+
+    Of pages that a driver has locked, `fork` makes copies at once: each worker of a loader would have all of them.
+    """
+    pages = mmap.mmap(-1, num_bytes)
+    if hasattr(mmap, "MADV_DONTFORK"):  # Linux
+        pages.madvise(mmap.MADV_DONTFORK)
+    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 def free_host_bytes() -> int | None:
