@@ -8,13 +8,14 @@ computes, a thread takes them in, and the device has no copy. Both ways compute 
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from cogtune.host_threads import start_computing_thread
 from cogtune.shards.pieces import Piece, find_piece, local_part
 from cogtune.streaming.host import HostBuffer
 
@@ -39,7 +40,7 @@ class Ema:
         self._device = devices.pop() if devices else None
         # A thread begins with the first GPU, and would take memory there.
         begin = partial(torch.cuda.set_device, self._device) if self._device is not None else None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ema", initializer=begin) if on_host else None
+        self._thread = start_computing_thread("ema", begin) if on_host else None
         self._update: Future[None] | None = None
         if on_host and self._device is not None:
             self._leaving = torch.cuda.Stream(self._device)

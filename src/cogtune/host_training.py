@@ -6,7 +6,7 @@ beside the next forward pass. The arithmetic is that of `torch.optim.AdamW`, fus
 """
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -14,16 +14,12 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from cogtune.config import OptimizerSettings
+from cogtune.host_threads import start_computing_thread
 from cogtune.streaming.blocks import BlockStream, all_tensors, stream_blocks
 from cogtune.streaming.gradients import GradientStream
 
 PIECE = 1 << 22
 """Numbers that are updated at a time: what is read and written for them fits into a processor's cache."""
-
-
-def _leave_cores_free() -> None:
-    """For the update's thread: with all cores, every piece would wait for the core that has a loader's work, too."""
-    torch.set_num_threads(max(1, torch.get_num_threads() * 3 // 4))
 
 
 class HostWeights:
@@ -76,7 +72,7 @@ class HostAdamW(torch.optim.Optimizer):
         super().__init__(list(weights.parameters.values()), defaults)
         self._weights = weights
         self._scaled = torch.empty(PIECE)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="optimizer", initializer=_leave_cores_free)
+        self._thread = start_computing_thread("optimizer")
         self._updates: list[Future[None]] = []
         self.factor = 1.0
         """What gradients are multiplied by: clipping."""
