@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from cogtune.low_rank import ALIGNMENT, adapted_linear, pad_rank, stack_updates
+from cogtune import low_rank
+from cogtune.low_rank import ALIGNMENT, adapted_linear, pad_rank, stack_updates, sum_is_cheaper
 
 
 def draw(*shape: int, seed: int, grad: bool = False) -> torch.Tensor:
@@ -11,6 +12,12 @@ def draw(*shape: int, seed: int, grad: bool = False) -> torch.Tensor:
     return values.requires_grad_(grad)
 
 
+@pytest.fixture(params=["apart", "summed"])
+def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(low_rank, "sum_is_cheaper", lambda *_sizes: request.param == "summed")
+
+
+@pytest.mark.usefixtures("_both_ways")
 @pytest.mark.parametrize(("size_in", "size_out"), [(6, 10), (10, 6)])
 @pytest.mark.parametrize("rank", [1, 5, 8])
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -28,6 +35,7 @@ def test_values_and_gradients_are_those_of_the_sum(size_in: int, size_out: int, 
         torch.testing.assert_close(mine, reference, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.usefixtures("_both_ways")
 @pytest.mark.parametrize(("size_in", "size_out"), [(3, 4), (4, 3)])
 def test_the_gradient_is_the_numerical_one(size_in: int, size_out: int) -> None:
     weight, bias = draw(size_out, size_in, seed=1), draw(size_out, seed=2)
@@ -39,8 +47,26 @@ def test_the_gradient_is_the_numerical_one(size_in: int, size_out: int) -> None:
     assert torch.autograd.gradcheck(lambda x, down, up: adapted_linear(x, weight, bias, down, up), inputs)
 
 
-def test_low_precision_is_rounded_once() -> None:
+@pytest.mark.parametrize(
+    "num_rows, num_outputs, num_inputs, rank, expected",
+    [
+        (1216, 192, 192, 64, True),  # the embedded model, 8 clips: a layer of its own
+        (1216, 576, 192, 192, True),  # and three behind one product
+        (1216, 768, 192, 64, True),
+        (1216, 192, 192, 8, False),
+        (16, 192, 192, 64, False),  # too few rows for the sum's own cost
+        (17776, 3072, 3072, 64, False),  # 5B
+    ],
+)
+def test_the_sum_is_made_where_rank_is_large_and_rows_are_many(
+    num_rows: int, num_outputs: int, num_inputs: int, rank: int, expected: bool
+) -> None:
+    assert sum_is_cheaper(num_rows, num_outputs, num_inputs, rank) == expected
+
+
+def test_low_precision_is_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """One product is no further from the exact sum than the two apart."""
+    monkeypatch.setattr(low_rank, "sum_is_cheaper", lambda *_sizes: False)
     x, weight, bias = draw(64, 32, seed=0), draw(48, 32, seed=1), draw(48, seed=2)
     down, up = draw(8, 32, seed=3), draw(48, 8, seed=4)
     exact = x @ weight.t() + bias + x @ down.t() @ up.t()
