@@ -21,31 +21,39 @@ from cogtune.weight_codes import WeightKind
 GIB = 1 << 30
 MARGIN = 0.95  # of the free memory: the allocator's fragments and the libraries' workspaces need the rest
 
-WORKSPACE_UNITS = 24.0
-"""Largest set of one block's tensors alive at once, forward and backward, in activation tensors. Fitted, see below."""
 KEPT_UNITS: dict[Activations, float] = {
     "recompute": 1.0,
-    "keep_attention": 1.9,
-    "keep_products": 9.75,
+    "keep_attention": 2.0,
+    "keep_products": 9.4,
     "keep_all": 13.3,
 }
 """Activation tensors kept for each block until its backward pass.
 
 `keep_products` holds the block's input, q, k and v, attention's output and its projection, the feed-forward's inner
 product (4), and the low-rank products.
-
-Fitted, with the workspace, to peaks on an H100 with compiled blocks, rank 64, batch 1, 17,776 tokens: 5B in bfloat16
-17.74 GiB (recompute), 21.70 (keep_attention), 55.38 (keep_products) and 72.07 (keep_all), 2B in float16 7.19
-(recompute) and 31.7 (keep_all). All come out within 3 %. Blocks that are not compiled keep more. For keep_all 14.0 was
-fitted while the stacks of weights and updates (`low_rank`) were kept too: 0.7 in 5B by the count, since taken off.
 """
+WORKSPACE_UNITS: dict[Activations, float] = {
+    "recompute": 22.5,
+    "keep_attention": 18.0,
+    "keep_products": 15.5,
+    "keep_all": 11.5,
+}
+"""What is alive in a block's backward pass beside what blocks keep: the less was kept, the more is made again there.
+
+Both fitted to peaks on H100s with compiled blocks, rank 64, batch 1 (docs/memory.md): 5B in bfloat16 resident and on
+rungs under 24, 16, 12, 8 and 6 GB, 2B under 6 GB, 1.5-5B-I2V's 45,104 tokens under 24 GB. All come out within 5 %
+(`test_memory.py`). Blocks that are not compiled keep more.
+"""
+TRAINED_KEPT_UNITS: dict[Activations, float] = {"keep_products": 1.6, "keep_all": 1.6}
+"""Kept on top where all weights are trained: trained gates need the feed-forward's output, which they multiply. Fitted
+to one peak: 69.34 GiB, 5B with 8-bit state and `keep_products`."""
 ENCODER_UNITS = 10.0
 """Tensors of an image's full size alive at once in the encoder: a convolution's input three frames deep, its output,
 the residual, the norm's float32 copy. Counted, not measured yet; it stays far below a step's own peak."""
 ENCODER_CHANNELS = 128
 OFFLOADED_AT_ONCE = 2
 """Offloaded blocks whose activations are on the device: one that computes, one on its way; one more for each further
-one that may be under way. Counted."""
+one that may be under way. Counted; the fit of the others holds with it."""
 GRADIENTS_AT_ONCE = 2
 """Blocks whose gradients are on the device where the optimizer is on the host: made, and leaving. Counted."""
 SAMPLING_UNITS = 12.5
@@ -215,9 +223,11 @@ def predict(
     saved = 0 if coded is None else coded.saved_bytes
     unit = activation_bytes(facts, tokens, batch_size, dtype)
     weights = (num_parameters - num_float8) * size + num_float8 * 2 - facts.num_layers * saved
+    less = (keep_less(activations) if num_lean else None) or activations
     kept, offloaded = _count_kept(
-        facts.num_layers, activations, num_lean, num_offloaded, num_leaving, num_more_kept=num_more_kept
-    )
+        facts.num_layers, units_kept(activations, full=full) + num_more_kept, num_offloaded, num_leaving,
+        num_lean=num_lean, lean_units=units_kept(less, full=full) + num_more_kept,
+    )  # fmt: skip
     kept, host = int(kept * unit), int(offloaded * unit)
     if num_resident is not None:
         block = num_block_parameters * size + num_float8 * (2 - size) // facts.num_layers - saved
@@ -253,7 +263,7 @@ def predict(
         weights=weights + num_encoder * size,
         trainable=trainable,
         kept=kept,
-        workspace=max(int(WORKSPACE_UNITS * unit) + decoded, encoding - kept),
+        workspace=max(int(_count_workspace(activations, less) * unit) + decoded, encoding - kept),
         num_resident=num_resident,
         num_offloaded=num_offloaded,
         num_lean=num_lean,
@@ -265,18 +275,27 @@ def predict(
     )
 
 
+def units_kept(activations: Activations, *, full: bool) -> float:
+    """Activation tensors that a block keeps; `full`: its own weights are trained."""
+    return KEPT_UNITS[activations] + (TRAINED_KEPT_UNITS.get(activations, 0.0) if full else 0.0)
+
+
 def _count_kept(
-    num_layers: int, activations: Activations, num_lean: int, num_offloaded: int, num_leaving: int, num_more_kept: float
+    num_layers: int, rich: float, num_offloaded: int, num_leaving: int, *, num_lean: int, lean_units: float
 ) -> tuple[float, float]:
-    """Activation tensors kept on the device at the peak, and on the host."""
-    less = keep_less(activations) if num_lean else None
-    rich, lean = (KEPT_UNITS[way or activations] + num_more_kept for way in (activations, less))
+    """Activation tensors kept on the device at the peak, and on the host; `rich`: of a block that isn't lean."""
     num_rich = num_layers - num_lean
     rich_gone = min(num_offloaded, num_rich)
-    offloaded = rich_gone * rich + (num_offloaded - rich_gone) * lean
+    offloaded = rich_gone * rich + (num_offloaded - rich_gone) * lean_units
     at_once = min(OFFLOADED_AT_ONCE + num_leaving - 1, num_offloaded)
-    passing = min(at_once, rich_gone) * rich + max(0, at_once - rich_gone) * lean
-    return num_rich * rich + num_lean * lean - offloaded + passing, offloaded
+    passing = min(at_once, rich_gone) * rich + max(0, at_once - rich_gone) * lean_units
+    return num_rich * rich + num_lean * lean_units - offloaded + passing, offloaded
+
+
+def _count_workspace(activations: Activations, less: Activations) -> float:
+    """The larger one of both kinds of blocks; a lean block's peak has the less that it keeps in its favour."""
+    kept_less = KEPT_UNITS[activations] - KEPT_UNITS[less]
+    return max(WORKSPACE_UNITS[activations], WORKSPACE_UNITS[less] - kept_less)
 
 
 def free_device_bytes(device: torch.device) -> int | None:

@@ -23,12 +23,12 @@ from cogtune.machine import Machine, measure_machine
 from cogtune.memory import (
     EMA_BYTES,
     GIB,
-    KEPT_UNITS,
     MemoryPlan,
     activation_bytes,
     element_bytes,
     free_device_bytes,
     predict,
+    units_kept,
 )
 from cogtune.models import ModelFacts
 from cogtune.optimizer_ways import check_optimizer, list_optimizer_ways
@@ -360,7 +360,7 @@ def list_training_rungs(
             machine,
             num_layers=facts.num_layers,
             block_bytes=num_block * element_bytes(dtype),
-            kept_bytes=lambda activations: (KEPT_UNITS[activations] + num_more_kept) * unit,
+            kept_bytes=lambda activations: (units_kept(activations, full=full) + num_more_kept) * unit,
             weight_gradients=full,
         )
 

@@ -20,9 +20,9 @@ _ELEMENTWISE_SHARE = 0.17
 Fitted to 2.05 s (keep_all) there; keep_attention then comes out at 2.22 s (measured 2.26), recompute at 2.66 (2.69)."""
 _COPY_SHARE = 0.02
 """Part of a copy's time that isn't hidden even where it runs beside longer work: it takes memory bandwidth. A guess."""
-_UPDATE_TRAFFIC = 18.0
+_UPDATE_TRAFFIC = 14.0
 """Host memory read and written by an update, in bytes a byte of the weights' copy: three float32 tensors read and
-written, the gradient read and widened, the copy written. Counted."""
+written, the gradient read, the copy written. Counted."""
 _HOST_BYTES_PER_SECOND = 100e9
 """What AdamW on a host's cores gets of its memory's bandwidth. A guess."""
 _FLOPS_A_BYTE = 300.0
