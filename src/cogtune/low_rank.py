@@ -23,7 +23,7 @@ def adapted_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, down: torch.Tensor, up: torch.Tensor
 ) -> torch.Tensor:
     """`x` [..., in] times the frozen `weight` [out, in] plus `up` [out, r] `down` [r, in], all of one precision."""
-    if x.device.type == "cpu" and sum_is_cheaper(x.shape[:-1].numel(), *weight.shape, down.shape[0]):
+    if x.device.type == "cpu" and sum_is_cheaper(x.shape[:-1].numel(), weight.shape[0], weight.shape[1], len(down)):
         return F.linear(x, torch.addmm(weight, up, down), bias)
     down, up = pad_rank(down, up)
     y = _AdaptedLinear.apply(x.flatten(0, -2), weight, bias, down, up)
