@@ -368,3 +368,14 @@ def test_full_fine_tuning_learns_and_gives_a_stock_pipeline(
 def test_adapter_section_is_refused_in_full_fine_tuning(make_config: Callable[..., Path], run_command: Any) -> None:
     outcome = run_command("train/sft.py", "--config", make_config("wrong", adapter={"rank": 4}))
     assert outcome.code == 2 and "adapter: has no effect in full fine-tuning" in outcome.err
+
+
+@pytest.mark.parametrize("ratio", [1, 16])
+def test_up_matrices_take_the_ratio_of_lora_plus(make_config: Any, execute: Any, tmp_path: Path, ratio: int) -> None:
+    """AdamW's first step moves a number by its learning rate, whatever its gradient is."""
+    optimizer = {"learning_rate": 1e-3, "lora_plus_ratio": ratio, "weight_decay": 0.0}
+    config = make_config("plus", optimizer=optimizer, train={"max_steps": 1}, schedule={"name": "constant"})
+    assert execute("train/lora.py", "--config", config) == 0
+    weights = load_file(tmp_path / "plus/final/pytorch_lora_weights.safetensors")
+    ups = [tensor.abs().max().item() for name, tensor in weights.items() if "lora_B" in name]
+    assert max(ups) == pytest.approx(ratio * 1e-3, rel=1e-3)
