@@ -41,7 +41,8 @@ def take_unforked(num_bytes: int) -> Tensor:
 
     Of pages that a driver has locked, `fork` makes copies at once: each worker of a loader would have all of them.
     """
-    pages = mmap.mmap(-1, num_bytes)
+    # Not shared: a container counts shared pages as cache, which it could take back.
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_DONTFORK"):  # Linux
         pages.madvise(mmap.MADV_DONTFORK)
     return torch.frombuffer(pages, dtype=torch.uint8)

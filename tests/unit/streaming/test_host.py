@@ -10,9 +10,14 @@ import torch
 from cogtune.streaming.host import HostBuffer, take_unforked
 
 
-def _is_mapped(address: int) -> bool:
-    ranges = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())
-    return any(int(first, 16) <= address < int(end, 16) for first, end in ranges)
+def _find_mapping(address: int) -> str | None:
+    """The rights of the pages at an address, such as rw-p (private); None where nothing is."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        pages, rights = line.split()[:2]
+        first, end = pages.split("-")
+        if int(first, 16) <= address < int(end, 16):
+            return rights
+    return None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems copy all memory")
@@ -21,9 +26,10 @@ def test_forked_processes_do_not_get_page_locked_memory() -> None:
     pages.fill_(7)
     child = os.fork()
     if child == 0:
-        os._exit(2 * _is_mapped(ordinary.data_ptr()) + _is_mapped(pages.data_ptr()))
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
-    assert _is_mapped(pages.data_ptr())
+        found = [_find_mapping(tensor.data_ptr()) is not None for tensor in (ordinary, pages)]
+        os._exit(0 if found == [True, False] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert _find_mapping(pages.data_ptr()) == "rw-p"
     assert int(pages.min()) == int(pages.max()) == 7
 
 
