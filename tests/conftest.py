@@ -106,7 +106,9 @@ def skeleton_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(json.dumps(config))
         for name in ("transformer", "vae", "text_encoder"):
-            (folder / name / "weights.safetensors").write_bytes(save({"nothing": torch.zeros(1)}))
+            (folder / name / "weights.safetensors").write_bytes(
+                save({"transformer_blocks.0.attn1.norm_q.weight": torch.zeros(64)})
+            )
         return folder
 
     def get(model: str) -> Path:

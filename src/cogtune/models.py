@@ -269,16 +269,27 @@ def make_meta_transformer(facts: ModelFacts) -> CogVideoXTransformer3DModel:
     return model
 
 
-def check_transformer_weights(facts: ModelFacts, meta: CogVideoXTransformer3DModel) -> None:
-    """Raises `UserError` where a tensor in the folder has another shape than its config says: another variant's."""
+_OTHER_VARIANT = (
+    "another variant's weights (layers, image-to-video or not, version 1.0 or 1.5); copy all from one model"
+)
+
+
+def check_transformer_weights(facts: ModelFacts, meta: CogVideoXTransformer3DModel) -> set[str]:
+    """Names of the tensors in the folder; raises `UserError` for one that its config doesn't describe.
+
+    diffusers would go on with a warning, and drop it.
+    """
     expected = {name: list(tensor.shape) for name, tensor in meta.state_dict().items()}
+    computed = {name for name, _ in meta.named_buffers()} - set(expected)  # some files have these positions too
+    found = set[str]()
     for path in sorted((facts.folder / "transformer").glob("*.safetensors")):
         for name, shape in _read_shapes(path).items():
+            if name not in expected and name not in computed:
+                raise UserError(f"{path}: {name} is not in the model that its config describes: {_OTHER_VARIANT}")
             if expected.get(name, shape) != shape:
-                raise UserError(
-                    f"{path}: {name} is {shape}, the config beside it says {expected[name]}: weights of another "
-                    "variant (layers, image-to-video or not, version 1.0 or 1.5); copy both from one model"
-                )
+                raise UserError(f"{path}: {name} is {shape}, its config says {expected[name]}: {_OTHER_VARIANT}")
+            found.add(name)
+    return found
 
 
 def count_image_encoder(facts: ModelFacts) -> int:
@@ -324,7 +335,14 @@ def choose_dtype(wanted: str, facts: ModelFacts, device: torch.device) -> torch.
 
 def load_transformer(facts: ModelFacts, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
     """The denoiser on the CPU, frozen, in evaluation mode."""
-    check_transformer_weights(facts, make_meta_transformer(facts))
+    meta = make_meta_transformer(facts)
+    found = check_transformer_weights(facts, meta)
+    # diffusers would warn, and compute other positions or leave random numbers.
+    if missing := [name for name in meta.state_dict() if name not in found]:
+        raise UserError(
+            f"{facts.folder / 'transformer'}: {missing[0]} and {len(missing) - 1} more tensors are missing: the "
+            f"download is incomplete, or it has {_OTHER_VARIANT}"
+        )
     model = CogVideoXTransformer3DModel.from_pretrained(
         facts.folder / "transformer", torch_dtype=dtype, use_safetensors=True
     )

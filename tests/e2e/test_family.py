@@ -1,6 +1,7 @@
 """Image-to-video and version 1.5 from clips to a video: train, resume, validate, generate; buckets; what is refused."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 import yaml
 from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from cogtune.video import read_video, write_video
 
@@ -306,12 +307,38 @@ def test_a_video_starts_from_a_video(
 def test_weights_of_another_variant_are_refused(
     variant_folder: Callable[[str], Path], write_config: Callable[..., Path], run_command: Any, tmp_path: Path
 ) -> None:
-    import shutil
-
     mixed = tmp_path / "mixed-up"
     shutil.copytree(variant_folder("tiny-i2v"), mixed)
     weights = "transformer/diffusion_pytorch_model.safetensors"
     shutil.copyfile(variant_folder("tiny") / weights, mixed / weights)
     outcome = run_command("train/lora.py", "--config", write_config("mixed", mixed))
     assert outcome.code == 2, outcome.err
-    assert "patch_embed.proj.weight" in outcome.err and "another variant" in outcome.err, outcome.err
+    assert "patch_embed.proj.weight" in outcome.err and "another variant's" in outcome.err, outcome.err
+
+
+@pytest.mark.parametrize(
+    "variant, gone, extra",
+    [
+        ("tiny-i2v", "patch_embed.pos_embedding", None),
+        ("tiny-1.5", "transformer_blocks.0.attn1.to_q.weight", None),
+        ("tiny", None, "transformer_blocks.9.attn1.to_q.weight"),
+    ],
+)
+def test_missing_and_unknown_weights_are_refused(
+    variant_folder: Callable[[str], Path],
+    write_config: Callable[..., Path],
+    run_command: Any,
+    tmp_path: Path,
+    variant: str,
+    gone: str | None,
+    extra: str | None,
+) -> None:
+    """diffusers warns, and computes other positions, or leaves the layer random, or out."""
+    folder = tmp_path / "model"
+    shutil.copytree(variant_folder(variant), folder)
+    file = folder / "transformer/diffusion_pytorch_model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(file).items() if name != gone}
+    save_file(tensors | ({extra: torch.zeros(4, 4)} if extra else {}), file)
+    outcome = run_command("train/lora.py", "--config", write_config("run", folder))
+    assert outcome.code == 2 and outcome.err.count("error:") == 1, outcome.err
+    assert str(gone or extra) in outcome.err, outcome.err

@@ -112,6 +112,10 @@ def from_sat(options: argparse.Namespace) -> None:
             if options.scaling_factor is None:
                 raise UserError("--scaling-factor: no tensor says it; give 1.15258426 (2B), 0.7 (5B, 1.5), or --config")
             config = sat_vae.derive_config(tensors, options.scaling_factor)
+            notes = [
+                *notes,
+                "version 1.5's image-to-video autoencoder also has invert_scale_latents: give --base for it",
+            ]
         converted = sat_vae.from_sat(tensors, config)
     else:
         _refuse(options, "vae", "scaling_factor")
@@ -130,9 +134,10 @@ def _given_config(options: argparse.Namespace) -> dict[str, Any] | None:
     """The file's, or else the base's; None where the tensors are to give it."""
     if options.config is not None:
         return read_config(options.config, options.part)
-    if options.base is None or options.positions is not None or options.scaling_factor is not None:
+    if options.base is None or options.positions is not None:
         return None
-    return open_component(options.base, options.part)[0]
+    config = open_component(options.base, options.part)[0]
+    return config if options.scaling_factor is None else config | {"scaling_factor": options.scaling_factor}
 
 
 def to_sat(options: argparse.Namespace) -> None:
