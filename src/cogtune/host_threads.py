@@ -24,10 +24,11 @@ def count_cores() -> int:
 
 
 def start_computing_thread(name: str, begin: Callable[[], object] | None = None) -> ThreadPoolExecutor:
-    """One thread that computes with `count_cores()`; `begin` is called in it first."""
+    """One thread that computes with `count_cores()`, as threads that start later do; `begin` is called in it first."""
     num_cores = count_cores()
 
     def start() -> None:
+        torch.get_num_threads()  # else the thread's first operation would take the number set last elsewhere, after all
         torch.set_num_threads(num_cores)
         if begin is not None:
             begin()

@@ -19,7 +19,7 @@ from cogtune.streaming.blocks import BlockStream, all_tensors, stream_blocks
 from cogtune.streaming.gradients import GradientStream
 
 PIECE = 1 << 22
-"""Numbers that are updated at a time: what is read and written for them fits into a processor's cache."""
+"""Numbers that are updated at a time, through one buffer: a new one for each tensor costs as much as the update."""
 
 
 class HostWeights:

@@ -41,12 +41,14 @@ WORKSPACE_UNITS: dict[Activations, float] = {
 """What is alive in a block's backward pass beside what blocks keep: the less was kept, the more is made again there.
 
 Both fitted to peaks on H100s with compiled blocks, rank 64, batch 1 (docs/memory.md): 5B in bfloat16 resident and on
-rungs under 24, 16, 12, 8 and 6 GB, 2B under 6 GB, 1.5-5B-I2V's 45,104 tokens under 24 GB. All come out within 5 %
-(`test_memory.py`). Blocks that are not compiled keep more.
+rungs under 24, 16, 12, 8 and 6 GB, 2B under 6 GB, 1.5-5B-I2V's 45,104 tokens under 24 GB. Those under caps come out
+within 4 % (`test_memory.py`), everything resident within 7: `keep_products` and `keep_all` 4 to 6 % too low, since they
+were measured while stacks of weights and updates (`low_rank`, 0.7 units in 5B by the count) were kept too. Blocks that
+are not compiled keep more.
 """
 TRAINED_KEPT_UNITS: dict[Activations, float] = {"keep_products": 1.6, "keep_all": 1.6}
 """Kept on top where all weights are trained: trained gates need the feed-forward's output, which they multiply. Fitted
-to one peak: 69.34 GiB, 5B with 8-bit state and `keep_products`."""
+to one peak: 69.34 GiB, 5B with 8-bit state and `keep_products`; for `keep_all` a guess."""
 ENCODER_UNITS = 10.0
 """Tensors of an image's full size alive at once in the encoder: a convolution's input three frames deep, its output,
 the residual, the norm's float32 copy. Counted, not measured yet; it stays far below a step's own peak."""

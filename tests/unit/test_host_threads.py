@@ -26,12 +26,19 @@ def test_a_thread_computes_with_those_cores_whatever_others_have_set(monkeypatch
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     before = torch.get_num_threads()
-    # As a loader's thread does that pins batches (torch/utils/data/_utils/pin_memory.py).
-    other = threading.Thread(target=torch.set_num_threads, args=(1,))
-    other.start()
-    other.join()
+
+    def set_one() -> None:
+        """As a loader's thread does that pins batches (torch/utils/data/_utils/pin_memory.py)."""
+        other = threading.Thread(target=torch.set_num_threads, args=(1,))
+        other.start()
+        other.join()
+
     begun: list[str] = []
+    set_one()
     with start_computing_thread("update", lambda: begun.append(threading.current_thread().name)) as thread:
+        thread.submit(int).result()
+        set_one()
         assert thread.submit(torch.get_num_threads).result() == 6
+    set_one()
     assert begun == ["update_0"]
     assert torch.get_num_threads() == before

@@ -45,11 +45,18 @@ def make_saved_state(parts: Parts, saved: Tensors) -> Mapping[str, Tensor | Piec
 
 @torch.no_grad()
 def write_parts(targets: Mapping[str, Tensor | Piece], whole: Tensors) -> None:
-    """Each process takes its part of whole tensors of the same names; those it has nothing of are not read."""
+    """Each process takes its part of whole tensors of the same names; those it has nothing of are not read.
+
+    Raises `UserError` for a tensor of another shape.
+    """
     for name, target in targets.items():
         piece = find_piece(name, target)
         if piece.data.numel():
-            piece.data.copy_(whole.read(name).flatten()[piece.start : piece.stop])
+            tensor = whole.read(name)
+            if tuple(tensor.shape) != piece.shape:
+                shapes = f"{list(tensor.shape)} and should be {list(piece.shape)}"
+                raise UserError(f"{whole.label}: {name} is {shapes}; it is of another model")
+            piece.data.copy_(tensor.flatten()[piece.start : piece.stop])
 
 
 class ParameterParts:

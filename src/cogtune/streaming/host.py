@@ -37,7 +37,7 @@ class HostBuffer:
 
 
 def take_unforked(num_bytes: int) -> Tensor:
-    """`num_bytes` of host memory, uint8, that a forked process does not get.
+    """`num_bytes` of host memory, uint8, that a forked process does not get; it must neither read nor free the tensor.
 
     Of pages that a driver has locked, `fork` makes copies at once: each worker of a loader would have all of them.
     """

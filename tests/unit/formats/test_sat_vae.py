@@ -1,6 +1,8 @@
 """SAT's autoencoder to diffusers and back: equal outputs against SAT's own rules, equal bits, wrong keys refused."""
 
+import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from diffusers import AutoencoderKLCogVideoX
 from sat_reference import Autoencoder
 
 from cogtune.errors import UserError
-from cogtune.formats import sat_vae
+from cogtune.formats import converting, sat_vae
 from cogtune.formats.tensors import Tensors, hold
 from cogtune.formats.torch_file import open_torch_file
 from cogtune.formats.writing import write_torch_file
@@ -95,3 +97,14 @@ def test_wrong_files_are_refused(case: str) -> None:
         return
     with pytest.raises(UserError, match=message):
         sat_vae.from_sat(hold("file.pt", state), make_config(vae))
+
+
+def test_a_given_factor_leaves_the_bases_other_conventions(variant_folder: Callable[[str], Path]) -> None:
+    """1.5's image-to-video autoencoder divides by the factor (`invert_scale_latents`), which no tensor shows."""
+    base = str(variant_folder("tiny-1.5-i2v"))
+    options = argparse.Namespace(config=None, base=base, part="vae", positions=None, scaling_factor=0.5)
+    config = converting._given_config(options)
+    assert config is not None
+    assert config["invert_scale_latents"] is True and config["scaling_factor"] == 0.5
+    options.scaling_factor = None
+    assert converting._given_config(options) == config | {"scaling_factor": 0.7}

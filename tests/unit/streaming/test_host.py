@@ -26,8 +26,12 @@ def test_forked_processes_do_not_get_page_locked_memory() -> None:
     pages.fill_(7)
     child = os.fork()
     if child == 0:
-        found = [_find_mapping(tensor.data_ptr()) is not None for tensor in (ordinary, pages)]
-        os._exit(0 if found == [True, False] else 1)
+        code = 1
+        try:
+            found = [_find_mapping(tensor.data_ptr()) is not None for tensor in (ordinary, pages)]
+            code = 0 if found == [True, False] else 2
+        finally:
+            os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert _find_mapping(pages.data_ptr()) == "rw-p"
     assert int(pages.min()) == int(pages.max()) == 7
