@@ -3,7 +3,6 @@
 A worker that is late or dies is ended and replaced; the clip is then tried once more with PyAV alone.
 """
 
-import os
 import socket
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from types import TracebackType
 
 import numpy as np
 
+from cogtune.host_threads import available_cores
 from cogtune.manifest import Clip, ClipFormat
 from cogtune.video import ClipError
 
@@ -45,8 +45,7 @@ class _Worker:
 
 def default_workers() -> int:
     """Decoding processes for this machine: up to 4, leaving one core for the rest."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(4, cores - 1))
+    return max(1, min(4, available_cores() - 1))
 
 
 def _end(worker: _Worker) -> None:

@@ -14,13 +14,17 @@ import torch
 from cogtune.launch import read_launch
 
 
+def available_cores() -> int:
+    """Cores of the node that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def count_cores() -> int:
     """Three quarters of this process's share of its node's cores, at least one.
 
     With all of them, every piece of work would wait for the core that a loader is busy on.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // read_launch().num_local * 3 // 4)
+    return max(1, available_cores() // read_launch().num_local * 3 // 4)
 
 
 def start_computing_thread(name: str, begin: Callable[[], object] | None = None) -> ThreadPoolExecutor:

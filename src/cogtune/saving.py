@@ -43,8 +43,10 @@ class Store(Protocol):
     on others maybe nothing; it may be the memory that is trained, so it is used before the next step.
     """
 
-    parts: Parts
-    """What this process has of all that, where it is: `shards` saves and reads it there."""
+    @property
+    def parts(self) -> Parts:
+        """What this process has of all that, where it is: `shards` saves and reads it there."""
+        ...
 
     def read_weights(self) -> dict[str, Tensor]:
         """The weights, in the precision that they are trained in."""
@@ -103,8 +105,7 @@ class DeviceStore:
         is_main: bool = True,
     ) -> None:
         self._parameters, self._optimizer, self._is_main = parameters, optimizer, is_main
-        self._own = ParameterParts(parameters, optimizer, publish=None if host is None else host.publish_all)
-        self.parts: Parts = self._own
+        self.parts = ParameterParts(parameters, optimizer, publish=None if host is None else host.publish_all)
 
     def read_weights(self) -> dict[str, Tensor]:
         """`Store.read_weights`."""
@@ -116,7 +117,7 @@ class DeviceStore:
         """`Store.read_optimizer`."""
         if not self._is_main:
             return {}
-        return {name: value.detach().cpu().contiguous() for name, value in self._own.state().items()}
+        return {name: value.detach().cpu().contiguous() for name, value in self.parts.state().items()}
 
     def largest_moments(self) -> dict[str, Tensor]:
         """`Store.largest_moments`; of 8-bit state, the scales'."""

@@ -92,14 +92,14 @@ def test_less_memory_never_gives_a_faster_rung_and_small_cards_stay_near() -> No
 
 @pytest.mark.parametrize(("cap_gb", "relative"), [(24, 1.03), (16, 1.04), (12, 1.05), (8, 1.06), (6, 1.12)])
 def test_each_cap_has_a_rung_near_the_uncapped_speed(cap_gb: float, relative: float) -> None:
-    """By the prediction; without mixed blocks, 16, 12 and 8 GB are slower by half a hundredth and more."""
+    """By the prediction; without mixed blocks, 12 and 8 GB are a hundredth slower and more, 16 GB half of that."""
     free_gib = cap_gb * 1e9 / GIB
     chosen, uncapped = choose(free_gib), choose(78)
     alike = choose(free_gib, lean_blocks=0)
     print(f"{cap_gb} GB: {chosen.seconds:.3f} s, {chosen.seconds / uncapped.seconds:.3f}, {chosen.name()}")
     assert chosen.seconds < relative * uncapped.seconds and chosen.seconds <= alike.seconds
     if cap_gb in (16, 12, 8):
-        assert chosen.num_lean and chosen.seconds < 0.995 * alike.seconds
+        assert chosen.num_lean and chosen.seconds < (0.995 if cap_gb == 16 else 0.99) * alike.seconds
 
 
 def test_a_slow_link_is_asked_for_less() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.cuda import nccl
 
+from cogtune.host_threads import available_cores
 from cogtune.streaming.host import free_host_bytes
 
 GIB = 1 << 30
@@ -159,5 +160,5 @@ def examine_host() -> dict[str, Any]:
     return {
         "memory_gib": None if free is None else free / GIB,
         "shm_gib": shutil.disk_usage(shm).free / GIB if shm.is_dir() else None,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": available_cores(),
     }

@@ -112,10 +112,7 @@ def from_sat(options: argparse.Namespace) -> None:
             if options.scaling_factor is None:
                 raise UserError("--scaling-factor: no tensor says it; give 1.15258426 (2B), 0.7 (5B, 1.5), or --config")
             config = sat_vae.derive_config(tensors, options.scaling_factor)
-            notes = [
-                *notes,
-                "version 1.5's image-to-video autoencoder also has invert_scale_latents: give --base for it",
-            ]
+            notes.append("version 1.5's image-to-video autoencoder also has invert_scale_latents: give --base for it")
         converted = sat_vae.from_sat(tensors, config)
     else:
         _refuse(options, "vae", "scaling_factor")

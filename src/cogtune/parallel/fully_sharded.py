@@ -25,7 +25,7 @@ from cogtune.optimization import StepGuard
 from cogtune.parallel.engine import Engine
 from cogtune.parallel.strategy import Strategy
 from cogtune.shards.filling import move_filled
-from cogtune.shards.parts import ParameterParts, Parts, make_saved_state, write_parts
+from cogtune.shards.parts import ParameterParts, make_saved_state, write_parts
 from cogtune.shards.pieces import local_part
 
 
@@ -122,8 +122,7 @@ class ShardedStore:
         is_main: bool,
     ) -> None:
         self._parameters, self._optimizer, self._is_main = parameters, optimizer, is_main
-        self._own = ParameterParts(parameters, optimizer, publish=partial(give_back, transformer))
-        self.parts: Parts = self._own
+        self.parts = ParameterParts(parameters, optimizer, publish=partial(give_back, transformer))
 
     def _read(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found = {}
@@ -139,7 +138,7 @@ class ShardedStore:
 
     def read_optimizer(self) -> dict[str, Tensor]:
         """`Store.read_optimizer`."""
-        return self._read(self._own.state())
+        return self._read(self.parts.state())
 
     def write_weights(self, weights: Tensors) -> None:
         """`Store.write_weights`; each process takes its part of what it reads."""
