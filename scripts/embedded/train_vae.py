@@ -5,6 +5,9 @@
 Writes `vae/` (the EMA weights in float16, what `from_pretrained` loads), `curve.jsonl`, and `weights.safetensors`,
 which `--resume` continues from with new moments: after each third of the time. Needs torch, diffusers and numpy alone.
 
+`--decoder-of FOLDER` trains the decoder of that autoencoder on, and leaves the encoder and every number of its config
+as they are: latents mean the same as before, and so does a transformer that was trained on them.
+
 On CUDA the whole step, optimizer included, is one CUDA graph; where capturing fails it says so and goes on without.
 """
 
@@ -22,11 +25,12 @@ from diffusers.models.autoencoders.autoencoder_kl_cogvideox import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cogtune.errors import run_command
+from cogtune.errors import UserError, run_command
 from cogtune.frame_convolution import use_frame_convolutions
 from cogtune.shapes.imagery import sample_imagery
 from cogtune.shapes.pool import ClipPool, DevicePool
 from cogtune.shapes.reconstruction import (
+    decoder_loss,
     halve_colour_resolution,
     measure_latents,
     measure_psnr,
@@ -39,10 +43,11 @@ from cogtune.vae.spatial_norm import use_small_spatial_norms
 
 UNSEEN_SEED = 1_000_003  # of the clips that PSNR is measured on
 MAX_LATENT_NOISE = 0.1  # deviations; what a small denoiser leaves on the latents must not show
-QUIET_FROM, QUIET_NOISE = 0.6, 0.02  # of the time; noise costs sharpness, so the end is nearly without
+QUIET_FROM = 0.6  # of the time; noise costs sharpness, so the end is nearly without
 EMA_DECAY = 0.999
 MEASURING_SECONDS = 30  # kept back at the end for saving and measuring
-CONVOLUTIONS = ("volumes", "volumes_last", "frames")  # equal but for rounding; _last is with channels last
+# Ways to run the convolutions, equal but for rounding; _last is with channels last, compiled the decoder alone.
+CONVOLUTIONS = ("volumes", "volumes_last", "frames", "compiled")
 Tensors = list[Tensor]
 
 
@@ -61,7 +66,30 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--convolutions", choices=["fastest", *CONVOLUTIONS], default="fastest")
     parser.add_argument("--unseen", type=int, default=200, help="clips that PSNR is measured on")
     parser.add_argument("--resume", type=Path, help="--out of an earlier run; use another --seed for other clips")
+    parser.add_argument("--decoder-of", type=Path, help="folder of an autoencoder whose decoder alone is trained on")
+    parser.add_argument("--quiet-noise", type=float, default=0.02, help="on the latents at the end, in deviations")
+    parser.add_argument("--fixed-pool", action="store_true", help="stop rendering when the pool is full")
     return parser.parse_args()
+
+
+def make_start(arguments: argparse.Namespace) -> AutoencoderKLCogVideoX:
+    """The autoencoder as training finds it: random, from an earlier run, or one whose decoder is trained on."""
+    if arguments.decoder_of:
+        if not (arguments.decoder_of / "config.json").is_file():
+            raise UserError(f"--decoder-of {arguments.decoder_of}: no config.json there; name an autoencoder's folder")
+        vae = AutoencoderKLCogVideoX.from_pretrained(arguments.decoder_of, torch_dtype=torch.float32)
+        vae.requires_grad_(False)
+        vae.decoder.requires_grad_(True)
+    else:
+        vae = make_vae(arguments.widths)
+    if arguments.resume:
+        vae.load_state_dict(load_file(arguments.resume / "weights.safetensors"), strict=not arguments.decoder_of)
+    return vae
+
+
+def trained_parameters(vae: AutoencoderKLCogVideoX) -> dict[str, nn.Parameter]:
+    """The parameters that training moves, by name."""
+    return {name: parameter for name, parameter in vae.named_parameters() if parameter.requires_grad}
 
 
 def make_vae(widths: list[int]) -> AutoencoderKLCogVideoX:
@@ -86,11 +114,16 @@ def update(
     deviation stays far below the noise: it is not sampled.
     """
     masters: Tensors = optimizer.param_groups[0]["params"]
-    parameters = list(vae.parameters())
-    (posterior,) = vae.encode(pixels.to(vae.dtype), return_dict=False)
+    parameters = list(trained_parameters(vae).values())
+    whole = any(parameter.requires_grad for parameter in vae.encoder.parameters())
+    with torch.set_grad_enabled(whole):
+        (posterior,) = vae.encode(pixels.to(vae.dtype), return_dict=False)
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
     (decoded,) = vae.decode((mean + noise).to(vae.dtype), return_dict=False)
-    loss, parts = reconstruction_loss(pixels, decoded.float(), mean, logvar)
+    if whole:
+        loss, parts = reconstruction_loss(pixels, decoded.float(), mean, logvar)
+    else:
+        loss, parts = decoder_loss(pixels, decoded.float())
     gradients = torch.autograd.grad(loss, parameters)
     with torch.no_grad():
         for master, gradient in zip(masters, gradients, strict=True):
@@ -137,6 +170,8 @@ def prepare_step(
                 if layout is not None:
                     parameter.data = parameter.data.contiguous(memory_format=layout)
         use_small_spatial_norms(candidate)  # after the copy: it binds the modules themselves
+        if way == "compiled":
+            candidate.decoder.compile(dynamic=False)
         step = RecordedStep(functools.partial(update, candidate, optimizer), (pixels, noise))
         fill(step, pool, MAX_LATENT_NOISE)
         started = time.perf_counter()
@@ -168,13 +203,14 @@ def save(
     arguments: argparse.Namespace, vae: AutoencoderKLCogVideoX, masters: Tensors, ema: Tensors
 ) -> AutoencoderKLCogVideoX:
     """Writes the smoothed weights as a model folder and what resuming needs; returns the model as written."""
-    names = [name for name, _ in vae.named_parameters()]
-    smooth = make_vae(arguments.widths)
-    smooth.load_state_dict({name: tensor.half().float() for name, tensor in zip(names, ema, strict=True)})
+    names = list(trained_parameters(vae))
+    smooth = make_start(arguments)
+    smooth.load_state_dict({name: tensor.half().float() for name, tensor in zip(names, ema, strict=True)}, strict=False)
     nn.Module.to(smooth, masters[0].device)
     smooth.eval()
-    clips = np.stack([render(sample_clip("base", UNSEEN_SEED, index)) for index in range(100)])
-    smooth.register_to_config(scaling_factor=float(1.0 / measure_latents(smooth, clips).std()))
+    if not arguments.decoder_of:
+        clips = np.stack([render(sample_clip("base", UNSEEN_SEED, index)) for index in range(100)])
+        smooth.register_to_config(scaling_factor=float(1.0 / measure_latents(smooth, clips).std()))
     copy.deepcopy(smooth).half().save_pretrained(arguments.out / "vae")
     flat = {name: master.detach().cpu().contiguous() for name, master in zip(names, masters, strict=True)}
     save_file(flat, arguments.out / "weights.safetensors")
@@ -208,12 +244,10 @@ def train(
     pool = DevicePool(rendered, device, arguments.seed)
     pool.refresh()
     torch.manual_seed(arguments.seed)
-    vae = make_vae(arguments.widths)
-    if arguments.resume:
-        vae.load_state_dict(load_file(arguments.resume / "weights.safetensors"))
+    vae = make_start(arguments)
     # bfloat16 weights for the passes, float32 masters for the updates: autocast would run the norms in float32, and
     # their memory traffic is most of the time.
-    masters = [parameter.detach().clone().to(device) for parameter in vae.parameters()]
+    masters = [parameter.detach().clone().to(device) for parameter in trained_parameters(vae).values()]
     ema = [master.clone() for master in masters]
     cuda = device.type == "cuda"
     nn.Module.to(vae, device, torch.bfloat16 if cuda else torch.float32)
@@ -225,7 +259,7 @@ def train(
     done, saved, printed_at = 0, 0, 0
     while (progress := max((time.monotonic() - begun) / max(end - begun, 1.0), done / arguments.steps)) < 1.0:
         rate.fill_(learning_rate_at(progress, done, arguments.learning_rate))
-        fill(step, pool, MAX_LATENT_NOISE if progress < QUIET_FROM else QUIET_NOISE)
+        fill(step, pool, MAX_LATENT_NOISE if progress < QUIET_FROM else arguments.quiet_noise)
         step.run()
         decay = EMA_DECAY if arguments.resume else min(EMA_DECAY, (1 + done) / (10 + done))
         with torch.no_grad():
@@ -261,7 +295,9 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.benchmark_limit = 5  # kernels tried for each of 250 convolutions
-    with ClipPool(arguments.seed, arguments.pool, arguments.workers) as rendered:  # forks before CUDA starts
+    with ClipPool(
+        arguments.seed, arguments.pool, arguments.workers, renewed=not arguments.fixed_pool
+    ) as rendered:  # forks before CUDA starts
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         vae, steps = train(arguments, started, device, rendered)
     row = {"steps": steps, "clips": steps * arguments.batch_size, "seconds": round(time.monotonic() - started, 1)}

@@ -61,8 +61,8 @@ class CappedRun:
             torch.cuda.set_per_process_memory_fraction(min(1.0, self.task.cap * 1e9 / total), index)
         self.free_host = free_host_bytes()  # as a plan sees it, before weights are loaded
         self.settings = MemorySettings.model_validate(dict(pair.split("=", 1) for pair in self.task.set))
-        if self.settings.optimizer == "8bit":
-            self.dtype = self.bench.dtype = torch.bfloat16  # the only one it knows
+        if self.task.job == "sft":  # 8-bit state and weights on the host know no loss scale, 2B's float16 needs one
+            self.dtype = self.bench.dtype = torch.bfloat16
         self.config = self.bench.config = self.bench.config.model_copy(update={"memory": self.settings})
 
     def measure(self) -> dict[str, Any]:

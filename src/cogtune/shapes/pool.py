@@ -20,15 +20,19 @@ from cogtune.shapes.world import HEIGHT, NUM_FRAMES, WIDTH
 
 
 class ClipPool:
-    """`clips` uint8 [size, F, H, W, 3]; the first `count_ready()` of them are rendered. Start it before CUDA."""
+    """`clips` uint8 [size, F, H, W, 3]; the first `count_ready()` of them are rendered. Start it before CUDA.
 
-    def __init__(self, seed: int, size: int, workers: int) -> None:
+    Where they are not `renewed`, the workers end when each clip was rendered once.
+    """
+
+    def __init__(self, seed: int, size: int, workers: int, *, renewed: bool = True) -> None:
         if not 1 <= workers <= size:
             raise ValueError(f"{workers} workers for {size} clips: there must be 1 worker or more, and as many clips")
         shape = (size, NUM_FRAMES, HEIGHT, WIDTH, 3)
         # Anonymous shared memory, which forked processes write into: /dev/shm can be small.
         self.clips: NDArray[np.uint8] = np.frombuffer(mmap.mmap(-1, int(np.prod(shape))), np.uint8).reshape(shape)
         self._rendered: NDArray[np.int64] = np.frombuffer(mmap.mmap(-1, 8 * workers), np.int64)
+        self._renewed = renewed
         context = multiprocessing.get_context("fork")
         self._processes = [
             context.Process(target=self._fill, args=(seed, worker), daemon=True) for worker in range(workers)
@@ -38,7 +42,7 @@ class ClipPool:
         os.nice(5)  # the training loop comes first
         slots = range(worker, len(self.clips), len(self._rendered))
         generation = 0
-        while True:
+        while self._renewed or generation == 0:
             for slot in slots:
                 self.clips[slot] = sample_imagery(seed, generation * len(self.clips) + slot)
                 self._rendered[worker] += 1

@@ -9,6 +9,8 @@ from diffusers.models.autoencoders.autoencoder_kl_cogvideox import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor
 
+_TYPICAL_CONTRAST = 1.5  # of an object to its background, Euclidean in RGB in [-1, 1]; the world has 1.0 to 2.6
+_TYPICAL_AREA = 0.035  # of an object, as a share of its frame; the world has 0.018 to 0.115
 _MSE_WEIGHT = 10.0  # L1 alone leaves the edges soft; they make nearly all of the squared error
 _GRADIENT_WEIGHT = 0.5
 _KL_WEIGHT = 1e-6
@@ -41,14 +43,41 @@ def reconstruction_loss(
     noise put on the latents has the same meaning for all.
     """
     error = decoded - pixels
-    l1, mse = error.abs().mean(), error.square().mean()
-    gradient = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    reconstruction, parts = _error_loss(error)
     kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
     channel_mean, channel_std = mean.mean((0, 2, 3, 4)), mean.std((0, 2, 3, 4))
     moments = (channel_mean.square() + (channel_std - 1.0).square()).mean()
-    loss = l1 + _MSE_WEIGHT * mse + _GRADIENT_WEIGHT * gradient + _KL_WEIGHT * kl + _MOMENT_WEIGHT * moments
-    parts = {"l1": l1, "mse": mse, "kl": kl, "moments": moments}
-    return loss, {name: part.detach() for name, part in parts.items()}
+    loss = reconstruction + _KL_WEIGHT * kl + _MOMENT_WEIGHT * moments
+    return loss, parts | {"kl": kl.detach(), "moments": moments.detach()}
+
+
+def _error_loss(error: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """What is lost by an error [B, 3, F, H, W], edges counted once more; and its parts."""
+    l1, mse = error.abs().mean(), error.square().mean()
+    gradient = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    loss = l1 + _MSE_WEIGHT * mse + _GRADIENT_WEIGHT * gradient
+    return loss, {"l1": l1.detach(), "mse": mse.detach()}
+
+
+def object_weights(pixels: Tensor) -> Tensor:
+    """How much an error in each frame hides of its object, [B, 1, F, 1, 1] for pixels [B, 3, F, H, W]; 1 is typical.
+
+    The corners of a small object of little contrast to its background say as much of its shape as those of a large,
+    bright one, and are a fraction of the squared error.
+    """
+    sides = (pixels[..., :2, :], pixels[..., -2:, :], pixels[..., :2].mT, pixels[..., -2:].mT)
+    ground = torch.cat([side.flatten(2) for side in sides], dim=2).mean(2)[:, :, None, None, None]
+    distance = (pixels - ground).square().sum(1, keepdim=True).sqrt()  # [B, 1, F, H, W]
+    contrast = distance.amax((2, 3, 4), keepdim=True).clamp(min=0.5)
+    area = (distance > contrast / 2).float().mean((3, 4), keepdim=True).clamp(min=0.005)
+    return (_TYPICAL_CONTRAST / contrast * (_TYPICAL_AREA / area).sqrt().clamp(0.5, 2.0)).clamp(0.3, 3.0)
+
+
+def decoder_loss(pixels: Tensor, decoded: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a decoder alone in float32, its errors weighted by `object_weights`; and its parts, not weighted."""
+    error = decoded - pixels
+    loss, _ = _error_loss(error * object_weights(pixels))
+    return loss, _error_loss(error.detach())[1]
 
 
 @torch.no_grad()
