@@ -42,6 +42,7 @@ def main() -> None:
         card,
         export_dtype=plan.dtype,
         on_host=plan.memory.on_host,
+        num_updated=plan.memory.num_updated,
         weights_dtype=plan.loading.dtype,
         device=accelerator.device,
         trained=set(plan.trained_names),

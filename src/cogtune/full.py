@@ -27,11 +27,13 @@ class TrainedModel:
         *,
         export_dtype: torch.dtype,
         on_host: bool = False,
+        num_updated: int = 0,
         weights_dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
         trained: Collection[str] | None = None,
     ) -> None:
-        """`on_host`: the weights stay there and the `device` computes with copies of the precision `export_dtype`.
+        """`on_host`: the weights stay there and the `device` computes with copies of the precision `export_dtype`,
+        and updates `num_updated` of the blocks.
         `weights_dtype`: what the weights are put into, which may be on the meta device. `trained`: the names of those
         that are; default: all."""
         torch.nn.Module.to(transformer, weights_dtype)  # diffusers' own `to` warns, of nothing
@@ -43,7 +45,10 @@ class TrainedModel:
                 parameter.data = parameter.data.to(export_dtype)
         self._facts, self._card = facts, model_card
         self._export_dtype = export_dtype
-        self.host = HostWeights(transformer, export_dtype, device or torch.device("cpu")) if on_host else None
+        self.host: HostWeights | None = None
+        if on_host:
+            where = device or torch.device("cpu")
+            self.host = HostWeights(transformer, export_dtype, where, num_updated=num_updated)
 
     base = None  # no copy of the weights as they were is kept
     files = None

@@ -2,34 +2,44 @@
 
 A block's gradients leave while the backward pass goes on. After it their norm is known, and a thread updates block
 after block, in the order in which the next forward pass asks for them, so that clipping is exact and the update runs
-beside the next forward pass. The arithmetic is that of `torch.optim.AdamW`, fused, on a CPU.
+beside the next forward pass. The arithmetic is that of `torch.optim.AdamW`, fused. The host's cores update some of the
+blocks; the others' weights and moments come to the device in pieces and go back, at the same time.
 """
 
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from cogtune.config import OptimizerSettings
 from cogtune.host_threads import start_computing_thread
-from cogtune.streaming.blocks import BlockStream, all_tensors, stream_blocks
+from cogtune.streaming.blocks import BlockStream, all_tensors, choose_streamed, stream_blocks
 from cogtune.streaming.gradients import GradientStream
-
-PIECE = 1 << 22
-"""Numbers that are updated at a time, through one buffer: a new one for each tensor costs as much as the update."""
+from cogtune.streaming.host import HostBuffer
+from cogtune.streaming.updates import StreamedUpdates, make_room, split_pieces, update_piece
 
 
 class HostWeights:
     """The float32 weights of a transformer on the host, and the copies in the run's precision that the device gets."""
 
-    def __init__(self, transformer: Any, dtype: torch.dtype, device: torch.device) -> None:
-        """`transformer` is float32 on the host; afterwards it computes on the device in `dtype`."""
+    def __init__(self, transformer: Any, dtype: torch.dtype, device: torch.device, *, num_updated: int = 0) -> None:
+        """`transformer` is float32 on the host; afterwards it computes on the device in `dtype`.
+
+        The device updates `num_updated` of the blocks, spread evenly; what they need is in page-locked memory.
+        """
         self.parameters = {
             name: nn.Parameter(p.detach().float(), requires_grad=True) for name, p in transformer.named_parameters()
         }
+        self.device, self.dtype = device, dtype
+        self.updated = updated_blocks(len(transformer.transformer_blocks), num_updated)
+        """Numbers of the blocks that the device updates."""
+        self.moments: dict[str, tuple[Tensor, Tensor]] = {}
+        """Zeros in page-locked memory for both moments of those blocks' weights."""
+        for index in self.updated:
+            self._lock_pages(f"transformer_blocks.{index}.")
         transformer.to(dtype).requires_grad_(True)
         self.stream: BlockStream = stream_blocks(
             transformer, "transformer_blocks", device, num_resident=0, select=all_tensors
@@ -46,6 +56,19 @@ class HostWeights:
         """The same weights in the run's precision, on the host or, outside of the blocks, on the device."""
         self.gradients = GradientStream(parts, device)
 
+    def _lock_pages(self, prefix: str) -> None:
+        """Moves a block's weights to page-locked memory, where it makes room for their moments as well."""
+        names = [name for name in self.parameters if name.startswith(prefix)]
+        sizes = [4 * self.parameters[name].numel() for name in names]
+        weights, averages, squares = (
+            HostBuffer(sum(sizes), page_locked=self.device.type == "cuda").bytes.split(sizes) for _ in range(3)
+        )
+        for name, *pieces in zip(names, weights, averages, squares, strict=True):
+            parameter = self.parameters[name]
+            weight, average, square = (piece.view(torch.float32).view(parameter.shape) for piece in pieces)
+            self.parameters[name] = nn.Parameter(weight.copy_(parameter.detach()))
+            self.moments[name] = (average.zero_(), square.zero_())
+
     @torch.no_grad()
     def publish(self, index: int) -> None:
         """Rounds a part's float32 weights into what the device gets."""
@@ -59,8 +82,13 @@ class HostWeights:
             self.publish(index)
 
 
+def updated_blocks(num_blocks: int, num_updated: int) -> set[int]:
+    """Which blocks the device updates: spread evenly, so that neither it nor the host's cores wait for long."""
+    return set(choose_streamed(num_blocks, num_blocks - num_updated)) if num_updated else set()
+
+
 class HostAdamW(torch.optim.Optimizer):
-    """AdamW on host weights, part by part in a thread; `wait` before anything else reads them."""
+    """AdamW on host weights, part by part in threads; `wait` before anything else reads them."""
 
     def __init__(self, weights: HostWeights, settings: OptimizerSettings) -> None:
         defaults = {
@@ -71,9 +99,19 @@ class HostAdamW(torch.optim.Optimizer):
         }
         super().__init__(list(weights.parameters.values()), defaults)
         self._weights = weights
-        self._scaled = torch.empty(PIECE)
+        self._scaled = make_room(torch.device("cpu"))
         self._thread = start_computing_thread("optimizer")
-        self._updates: list[Future[None]] = []
+        self._updates: list[Future[torch.cuda.Event | None]] = []
+        self._on_device: StreamedUpdates | None = None
+        if weights.updated:
+            self._on_device = StreamedUpdates(weights.device, weights.dtype)
+            self._device_thread = _start_device_thread(weights.device)
+        for name, (average, square_average) in weights.moments.items():
+            self.state[weights.parameters[name]] = {
+                "step": torch.zeros((), dtype=torch.float32),
+                "exp_avg": average,
+                "exp_avg_sq": square_average,
+            }
         self.factor = 1.0
         """What gradients are multiplied by: clipping."""
         self.skip = False
@@ -90,7 +128,11 @@ class HostAdamW(torch.optim.Optimizer):
         outside = len(self._weights.parts) - 1
         # What is outside of the blocks is on the device all the time, and is read first.
         for index in (outside, *range(outside)):
-            self._updates.append(self._thread.submit(self._update, index, rate, factor))
+            if index in self._weights.updated:
+                update = self._device_thread.submit(self._update_on_device, index, rate, factor)
+            else:
+                update = self._thread.submit(self._update, index, rate, factor)
+            self._updates.append(update)
         self._updates[0].result()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -99,12 +141,12 @@ class HostAdamW(torch.optim.Optimizer):
     def wait(self) -> None:
         """Until every update is done; raises what one of them raised."""
         for update in self._updates:
-            update.result()
+            _finish(update)
         self._updates = []
 
     def _wait_for(self, index: int) -> None:
         if self._updates:
-            self._updates[index + 1].result()
+            _finish(self._updates[index + 1])
 
     @torch.no_grad()
     def _update(self, index: int, rate: float, factor: float) -> None:
@@ -115,44 +157,48 @@ class HostAdamW(torch.optim.Optimizer):
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
-            flat = (weight, gradient, copy, state["exp_avg"], state["exp_avg_sq"])
-            for pieces in zip(*(tensor.view(-1).split(PIECE) for tensor in flat), strict=True):
-                self._update_piece(*pieces, step=state["step"].clone(), rate=rate, factor=factor)
+            for *piece, average, square_average in split_pieces(weight, gradient, copy, state):
+                flat_weight, flat_gradient, flat_copy = piece
+                scaled = self._scaled[: len(flat_gradient)].copy_(flat_gradient)
+                if factor != 1.0:
+                    scaled.mul_(factor)
+                step = state["step"].clone()
+                update_piece(flat_weight, scaled, average, square_average, step=step, rate=rate, group=self._group)
+                flat_copy.copy_(flat_weight)
             state["step"] += 1
 
-    def _update_piece(
-        self,
-        weight: Tensor,
-        gradient: Tensor,
-        copy: Tensor,
-        average: Tensor,
-        square_average: Tensor,
-        *,
-        step: Tensor,
-        rate: float,
-        factor: float,
-    ) -> None:
-        scaled = self._scaled[: len(gradient)].copy_(gradient)
-        if factor != 1.0:
-            scaled.mul_(factor)
-        group: dict[str, Any] = self.param_groups[0]
-        adamw(
-            [weight],
-            [scaled],
-            [average],
-            [square_average],
-            [],
-            [step],
-            fused=True,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=rate,
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
-        copy.copy_(weight)
+    @torch.no_grad()
+    def _update_on_device(self, index: int, rate: float, factor: float) -> torch.cuda.Event | None:
+        """Queues a part's update there; the event says when it is back."""
+        assert self._on_device is not None
+        gradients = self._weights.gradients.wait(index)
+        pieces = []
+        for weight, gradient, copy in zip(
+            self._weights.parts[index], gradients, self._weights.copies[index], strict=True
+        ):
+            state = self.state[weight]
+            pieces += [(piece, state["step"].item()) for piece in split_pieces(weight.detach(), gradient, copy, state)]
+            state["step"] += 1
+        return self._on_device.update(pieces, rate=rate, factor=factor, group=self._group)
+
+    @property
+    def _group(self) -> dict[str, Any]:
+        return self.param_groups[0]
+
+
+def _start_device_thread(device: torch.device) -> ThreadPoolExecutor:
+    """One thread that queues work on the device."""
+    begin: Callable[[], object] | None = None
+    if device.type == "cuda":  # a new thread would take the first device
+        begin = partial(torch.cuda.set_device, torch.cuda.current_device() if device.index is None else device.index)
+    return ThreadPoolExecutor(1, thread_name_prefix="optimizer on the device", initializer=begin)
+
+
+def _finish(update: Future[torch.cuda.Event | None]) -> None:
+    """Until an update is done on the host, where its copies may still be under way when the future is."""
+    done = update.result()
+    if done is not None:
+        done.synchronize()
 
 
 class HostStepGuard:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from cogtune.host_threads import count_cores
+
 _SIZE = 6144
 _COPY_BYTES = 64 << 20
 _REPEATS = 3
@@ -20,14 +22,16 @@ class Machine:
     """Of a large matrix product in the run's precision, a second."""
     link: float
     """Bytes a second between page-locked host memory and the device, each way."""
+    cores: int = 12
+    """That may compute on the host beside the device."""
 
     def describe(self) -> str:
         """One line."""
-        return f"{self.flops / 1e12:.0f} TFLOP/s, {self.link / 1e9:.0f} GB/s to the host"
+        return f"{self.flops / 1e12:.0f} TFLOP/s, {self.link / 1e9:.0f} GB/s to the host, {self.cores} cores there"
 
 
 NOMINAL = Machine(flops=820e12, link=50e9)
-"""What an H100 on PCIe 5 measured: a plan without a GPU assumes it."""
+"""What an H100 on PCIe 5 measured, with three quarters of 16 cores: a plan without a GPU assumes it."""
 
 
 def avoid_fragments(device: torch.device) -> None:
@@ -58,7 +62,7 @@ def _measure(device: torch.device, dtype: torch.dtype) -> Machine:
         host = torch.empty(_COPY_BYTES, dtype=torch.uint8, pin_memory=True)
         there = torch.empty(_COPY_BYTES, dtype=torch.uint8, device=device)
         copy = _best_seconds(lambda: there.copy_(host, non_blocking=True), device)
-    return Machine(2 * _SIZE**3 / product, _COPY_BYTES / copy)
+    return Machine(2 * _SIZE**3 / product, _COPY_BYTES / copy, count_cores())
 
 
 def _best_seconds(work: Callable[[], object], device: torch.device) -> float:

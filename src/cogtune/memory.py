@@ -16,6 +16,7 @@ from cogtune.models import ModelFacts
 from cogtune.parallel.footprint import Sizes, count_footprint
 from cogtune.parallel.strategy import Strategy
 from cogtune.streaming.blocks import DEFAULT_SLOTS
+from cogtune.streaming.updates import STAGING_BYTES
 from cogtune.weight_codes import WeightKind
 
 GIB = 1 << 30
@@ -125,6 +126,8 @@ class MemoryPlan:
     """Page-locked host memory."""
     on_host: bool = False
     """The trained weights and the optimizer's state are in host memory; all blocks are streamed."""
+    num_updated: int = 0
+    """Blocks with state on the host that the device updates, while the host's cores update the others."""
     eight_bit: bool = False
     """AdamW's state is in 8 bits, there are no float32 weights, and each gradient goes as soon as it comes."""
     coded: CodedWeights | None = None
@@ -150,7 +153,8 @@ class MemoryPlan:
         if self.quantized:
             parts.append(f"frozen base in {self.quantized}")
         if self.on_host:
-            parts.append("weights and optimizer on the host")
+            where = f", {self.num_updated} blocks updated on the device" if self.num_updated else ""
+            parts.append(f"weights and optimizer on the host{where}")
         elif self.eight_bit:
             parts.append("bfloat16 weights and 8-bit optimizer state")
         elif self.num_resident is not None:
@@ -205,6 +209,7 @@ def predict(
     num_lean: int = 0,
     num_leaving: int = 1,
     on_host: bool = False,
+    num_updated: int = 0,
     eight_bit: bool = False,
     strategy: Strategy | None = None,
     num_more_kept: float = 0.0,
@@ -216,7 +221,8 @@ def predict(
     `num_encoder`: parameters of the autoencoder's encoder, which encodes images of `image_pixels` before the forward
     pass, when nothing else is kept yet (image-to-video). `num_block_parameters` are in each block, and `num_resident`
     of the blocks are not streamed; `num_lean` keep less, and those that keep more are offloaded first. `on_host`: all
-    are trained, and the device has copies of two blocks, and the gradients of two. `eight_bit`: none of the trained
+    are trained, and the device has copies of two blocks, and the gradients of two; it updates `num_updated` of the
+    blocks. `eight_bit`: none of the trained
     ones has a float32 copy, and the device has the gradients of one block (`num_block_trained`; default:
     `num_block_parameters`). `ema_bytes`: an average of the trained weights. `num_more_kept`: tensors that a block keeps
     on top of `KEPT_UNITS`. `coded`: frozen weights of each block that are kept in codes.
@@ -241,6 +247,7 @@ def predict(
         block = num_block_parameters * size
         outside = num_trainable * size - facts.num_layers * block
         weights, trainable = outside + DEFAULT_SLOTS * block, outside + GRADIENTS_AT_ONCE * block
+        trainable += STAGING_BYTES if num_updated else 0
         host += num_trainable * (2 * size + HOST_OPTIMIZER_BYTES)
     if eight_bit:
         weights += num_trainable * size
@@ -272,6 +279,7 @@ def predict(
         num_leaving=num_leaving,
         host=host,
         on_host=on_host,
+        num_updated=num_updated,
         eight_bit=eight_bit,
         coded=coded,
     )

@@ -23,8 +23,14 @@ _COPY_SHARE = 0.02
 _UPDATE_TRAFFIC = 14.0
 """Host memory read and written by an update, in bytes a byte of the weights' copy: three float32 tensors read and
 written, the gradient read, the copy written. Counted."""
-_HOST_BYTES_PER_SECOND = 100e9
-"""What AdamW on a host's cores gets of its memory's bandwidth. A guess."""
+_BYTES_A_CORE, _MOST_HOST_BYTES = 4.75e9, 100e9
+"""What AdamW moves a second on each of a host's cores, and all of them at most. The first from 5B's and 2B's steps on 12
+cores (57 GB/s), the second a guess."""
+_DEVICE_TRAFFIC = 7.0
+"""What an update on the device moves in each direction, in the same bytes: the float32 weight and both moments with the
+gradient come, the three with the copy go. Counted."""
+_BOTH_WAYS = 0.8
+"""Part of the link's rate that each direction keeps while both are in use. A guess."""
 _FLOPS_A_BYTE = 300.0
 """What a device computes while its memory moves a byte: decoding quantized weights reads codes and writes weights. A
 guess, from an H100's data sheet (990 TFLOP/s, 3.35 TB/s)."""
@@ -84,6 +90,21 @@ class _Block:
     leaving: float
 
 
+def count_updated(num_layers: int, machine: Machine) -> int:
+    """How many blocks the device should update, so that it and the host's cores are done at the same time.
+
+    In sixths of all, so that a little more or less of a measured rate gives the same number, and the same results.
+    """
+    on_cores, on_device = _update_seconds(1, machine)
+    return num_layers * round(6 * on_cores / (on_cores + on_device)) // 6
+
+
+def _update_seconds(block_bytes: int, machine: Machine) -> tuple[float, float]:
+    """An update of so many bytes of weights in the run's precision, by the host's cores and by the device."""
+    of_host = min(machine.cores * _BYTES_A_CORE, _MOST_HOST_BYTES)
+    return block_bytes * _UPDATE_TRAFFIC / of_host, block_bytes * _DEVICE_TRAFFIC / (machine.link * _BOTH_WAYS)
+
+
 def predict_seconds(
     plan: MemoryPlan,
     times: BlockTimes,
@@ -104,7 +125,11 @@ def predict_seconds(
     num_resident = 0 if plan.on_host else num_layers if plan.num_resident is None else plan.num_resident
     streamed = set(choose_streamed(num_layers, num_resident)) if num_resident < num_layers else set()
     # The update on the host runs beside the forward pass, which reads it block by block.
-    update = block_bytes * _UPDATE_TRAFFIC / _HOST_BYTES_PER_SECOND if plan.on_host else 0.0
+    update = 0.0
+    if plan.on_host:
+        on_cores, on_device = _update_seconds(block_bytes, machine)
+        shared = plan.num_updated / num_layers
+        update = max((1 - shared) * on_cores, shared * on_device)
     blocks = []
     for number in range(num_layers):
         way = (keep_less(plan.activations) if number in arrangement.lean else None) or plan.activations

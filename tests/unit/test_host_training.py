@@ -7,22 +7,24 @@ import torch
 from test_attention import make_inputs
 from test_attention import make_transformer as make_random
 
-from cogtune import host_training
 from cogtune.arrangement import Activations
 from cogtune.attention import install_attention
 from cogtune.config import OptimizerSettings
 from cogtune.execution import configure_blocks
 from cogtune.host_training import HostAdamW, HostStepGuard, HostWeights
 from cogtune.optimization import StepGuard, make_optimizer
+from cogtune.streaming import updates
 
 CPU = torch.device("cpu")
 SETTINGS = OptimizerSettings(learning_rate=0.01, weight_decay=0.1)
 
 
-def make(activations: Activations, *, on_host: bool, dtype: torch.dtype = torch.float32, offloaded: int = 0) -> Any:
+def make(
+    activations: Activations, *, on_host: bool, dtype: torch.dtype = torch.float32, offloaded: int = 0, updated: int = 0
+) -> Any:
     transformer = make_random("tiny", None, torch.float32, num_layers=4).train()
     install_attention(transformer, "default")
-    weights = HostWeights(transformer, dtype, CPU) if on_host else None
+    weights = HostWeights(transformer, dtype, CPU, num_updated=updated) if on_host else None
     configure_blocks(
         transformer,
         activations,
@@ -55,15 +57,23 @@ def train_on_device(steps: int, max_norm: float | None) -> tuple[list[torch.Tens
     return seen, {name: p.detach() for name, p in transformer.named_parameters()}
 
 
-@pytest.mark.parametrize("max_norm, piece", [(0.05, host_training.PIECE), (None, host_training.PIECE), (0.05, 1000)])
-@pytest.mark.parametrize("activations, offloaded", [("recompute", 0), ("keep_attention", 4), ("keep_all", 2)])
+@pytest.mark.parametrize("max_norm, piece", [(0.05, updates.PIECE), (None, updates.PIECE), (0.05, 1000)])
+@pytest.mark.parametrize(
+    "activations, offloaded, updated",
+    [("recompute", 0, 0), ("recompute", 0, 4), ("keep_attention", 4, 2), ("keep_all", 2, 3)],
+)
 def test_steps_equal_those_on_the_device(
-    activations: Activations, offloaded: int, max_norm: float | None, piece: int, monkeypatch: pytest.MonkeyPatch
+    activations: Activations,
+    offloaded: int,
+    updated: int,
+    max_norm: float | None,
+    piece: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(host_training, "PIECE", piece)
+    monkeypatch.setattr(updates, "PIECE", piece)
     expected, final = train_on_device(4, max_norm)
-    transformer, weights = make(activations, on_host=True, offloaded=offloaded)
-    assert weights is not None
+    transformer, weights = make(activations, on_host=True, offloaded=offloaded, updated=updated)
+    assert weights is not None and len(weights.updated) == updated
     optimizer = HostAdamW(weights, SETTINGS)
     guard = HostStepGuard(weights, optimizer, max_grad_norm=max_norm)
     seen = []
@@ -80,8 +90,9 @@ def test_steps_equal_those_on_the_device(
         torch.testing.assert_close(weights.parameters[name].detach(), value, rtol=1e-4, atol=1e-5)
 
 
-def test_the_device_computes_with_rounded_copies_of_the_new_weights() -> None:
-    transformer, weights = make("recompute", on_host=True, dtype=torch.bfloat16)
+@pytest.mark.parametrize("updated", [0, 3])
+def test_the_device_computes_with_rounded_copies_of_the_new_weights(updated: int) -> None:
+    transformer, weights = make("recompute", on_host=True, dtype=torch.bfloat16, updated=updated)
     assert weights is not None
     optimizer = HostAdamW(weights, SETTINGS)
     guard = HostStepGuard(weights, optimizer, max_grad_norm=1.0)

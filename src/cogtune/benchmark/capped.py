@@ -113,6 +113,7 @@ class CappedRun:
                 "",
                 export_dtype=self.dtype,
                 on_host=rung.on_host,
+                num_updated=rung.num_updated,
                 weights_dtype=torch.bfloat16 if rung.eight_bit else torch.float32,
                 device=self.device,
             )

@@ -91,11 +91,15 @@ class ParameterParts:
         for name, stored in saved.items():
             owner, key = name.rsplit(".", 1)
             parameter = self._parameters[owner]
-            found[name] = self._optimizer.state[parameter][key] = (
-                torch.zeros_like(parameter.detach(), dtype=stored.dtype)  # as sharded as the weight
-                if stored.shape == tuple(parameter.shape)
-                else torch.zeros(stored.shape, dtype=stored.dtype, device=parameter.device)
-            )
+            state = self._optimizer.state[parameter]
+            there = state.get(key)
+            if there is None or (tuple(there.shape), there.dtype) != (stored.shape, stored.dtype):
+                state[key] = (
+                    torch.zeros_like(parameter.detach(), dtype=stored.dtype)  # as sharded as the weight
+                    if stored.shape == tuple(parameter.shape)
+                    else torch.zeros(stored.shape, dtype=stored.dtype, device=parameter.device)
+                )
+            found[name] = state[key]
         return found
 
     def publish(self) -> None:

@@ -1,0 +1,136 @@
+"""AdamW on the device for weights and moments that stay on the host: they come in pieces, are updated and go back.
+
+A device's link moves them in both directions at once, which is faster than the cores of many hosts compute; both
+together are faster still. Three streams carry the pieces, so that one comes while another is updated and a third goes.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+PIECE = 1 << 22
+"""Numbers that are updated at a time, through one buffer: a new one for each tensor costs as much as the update."""
+_NUM_SLOTS = 4
+STAGING_BYTES = _NUM_SLOTS * PIECE * 20
+"""Device memory of the pieces that are there at once: four float32 tensors, the gradient, the copy."""
+
+Piece = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Equally long parts of a weight (float32), its gradient, the copy that the device computes with (both of the run's
+precision), and both moments (float32)."""
+
+
+def split_pieces(weight: Tensor, gradient: Tensor, copy: Tensor, state: dict[str, Tensor]) -> Iterator[Piece]:
+    """The pieces of one weight, each of at most `PIECE` numbers."""
+    whole = (weight, gradient, copy, state["exp_avg"], state["exp_avg_sq"])
+    yield from zip(*(tensor.view(-1).split(PIECE) for tensor in whole), strict=True)
+
+
+def make_room(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Room for as many numbers as a piece has."""
+    return torch.empty(PIECE, dtype=dtype, device=device)
+
+
+def update_piece(
+    weight: Tensor,
+    gradient: Tensor,
+    average: Tensor,
+    square_average: Tensor,
+    *,
+    step: Tensor,
+    rate: float,
+    group: dict[str, Any],
+) -> None:
+    """One fused AdamW update in place, all in float32 on one device; `step` is counted up."""
+    adamw(
+        [weight],
+        [gradient],
+        [average],
+        [square_average],
+        [],
+        [step],
+        fused=True,
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=rate,
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+
+
+class _Slot:
+    """Room on the device for one piece."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.weight, self.scaled, self.average, self.square_average = (make_room(device) for _ in range(4))
+        self.gradient, self.copy = (make_room(device, dtype) for _ in range(2))
+        self.step = torch.zeros((), dtype=torch.float32, device=device)
+        self.left: torch.cuda.Event | None = None
+
+
+class StreamedUpdates:
+    """Updates weights on the device, from page-locked host memory and back to it. Of one thread."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        """`dtype`: of gradients and copies."""
+        self.device = device
+        self._slots = [_Slot(device, dtype) for _ in range(_NUM_SLOTS)]
+        self._next = 0
+        on_gpu = device.type == "cuda"
+        self._arriving, self._computing, self._leaving = (
+            torch.cuda.Stream(device) if on_gpu else None for _ in range(3)
+        )
+        self._queued: list[torch.cuda.Event] = []
+
+    def update(
+        self, pieces: Sequence[tuple[Piece, float]], *, rate: float, factor: float, group: dict[str, Any]
+    ) -> torch.cuda.Event | None:
+        """Queues the update of pieces, each with its number of steps so far; the event says when they are back.
+
+        `factor` is what gradients are multiplied by. No more than two calls' work is queued at a time.
+        """
+        while len(self._queued) > 1:
+            self._queued.pop(0).synchronize()
+        for piece, step in pieces:
+            self._update_piece(piece, step, rate=rate, factor=factor, group=group)
+        if self._leaving is None:
+            return None
+        done = torch.cuda.Event()
+        done.record(self._leaving)
+        self._queued.append(done)
+        return done
+
+    def _update_piece(self, piece: Piece, step: float, *, rate: float, factor: float, group: dict[str, Any]) -> None:
+        slot = self._slots[self._next]
+        self._next = (self._next + 1) % len(self._slots)
+        size = len(piece[0])
+        weight, gradient, copy, average, square_average, scaled = (
+            room[:size]
+            for room in (slot.weight, slot.gradient, slot.copy, slot.average, slot.square_average, slot.scaled)
+        )
+        with torch.cuda.stream(self._arriving):
+            if self._arriving is not None and slot.left is not None:
+                self._arriving.wait_event(slot.left)
+            for there, here in zip((weight, gradient, average, square_average), (*piece[:2], *piece[3:]), strict=True):
+                there.copy_(here, non_blocking=True)
+        with torch.cuda.stream(self._computing):
+            if self._computing is not None and self._arriving is not None:
+                self._computing.wait_stream(self._arriving)
+            scaled.copy_(gradient)
+            if factor != 1.0:
+                scaled.mul_(factor)
+            slot.step.fill_(step)
+            update_piece(weight, scaled, average, square_average, step=slot.step, rate=rate, group=group)
+            copy.copy_(weight)
+        with torch.cuda.stream(self._leaving):
+            if self._leaving is not None and self._computing is not None:
+                self._leaving.wait_stream(self._computing)
+            for there, here in zip((piece[0], *piece[2:]), (weight, copy, average, square_average), strict=True):
+                there.copy_(here, non_blocking=True)
+            if self._leaving is not None:
+                slot.left = torch.cuda.Event()
+                slot.left.record(self._leaving)
