@@ -317,11 +317,11 @@ def test_weights_of_another_variant_are_refused(
 
 
 @pytest.mark.parametrize(
-    "variant, gone, extra",
+    "variant, gone, extra, words",
     [
-        ("tiny-i2v", "patch_embed.pos_embedding", None),
-        ("tiny-1.5", "transformer_blocks.0.attn1.to_q.weight", None),
-        ("tiny", None, "transformer_blocks.9.attn1.to_q.weight"),
+        ("tiny-i2v", "patch_embed.pos_embedding", None, "1 of 65 tensors missing, first patch_embed.pos_embedding: "),
+        ("tiny-1.5", "attn1.to_q", None, "4 of 64 tensors missing, first transformer_blocks.0.attn1.to_q."),
+        ("tiny", None, "transformer_blocks.9.attn1.to_q.weight", "transformer_blocks.9.attn1.to_q.weight is not in"),
     ],
 )
 def test_missing_and_unknown_weights_are_refused(
@@ -332,13 +332,24 @@ def test_missing_and_unknown_weights_are_refused(
     variant: str,
     gone: str | None,
     extra: str | None,
+    words: str,
 ) -> None:
-    """diffusers warns, and computes other positions, or leaves the layer random, or out."""
+    """By the plan and by generation, as diffusers computes other positions, or leaves the layer random, or out."""
     folder = tmp_path / "model"
     shutil.copytree(variant_folder(variant), folder)
     file = folder / "transformer/diffusion_pytorch_model.safetensors"
-    tensors = {name: tensor for name, tensor in load_file(file).items() if name != gone}
+    tensors = {name: tensor for name, tensor in load_file(file).items() if not gone or gone not in name}
     save_file(tensors | ({extra: torch.zeros(4, 4)} if extra else {}), file)
-    outcome = run_command("train/lora.py", "--config", write_config("run", folder))
-    assert outcome.code == 2 and outcome.err.count("error:") == 1, outcome.err
-    assert str(gone or extra) in outcome.err, outcome.err
+    image = ("--image", tmp_path / "start.png") if is_image_model(variant) else ()
+    Image.new("RGB", (96, 64)).save(tmp_path / "start.png")
+    config = write_config("run", folder)
+    full = write_config("full", folder)
+    full.write_text(yaml.safe_dump({k: v for k, v in yaml.safe_load(full.read_text()).items() if k != "adapter"}))
+    for command in (
+        ("train/lora.py", "--config", config, "--dry-run"),
+        ("train/sft.py", "--config", full, "--dry-run"),
+        ("scripts/generate.py", "--model", folder, "--prompt", "a", "--output", tmp_path / "out.mp4", *image),
+    ):
+        outcome = run_command(*command)
+        assert outcome.code == 2 and outcome.err.count("error:") == 1, outcome.err
+        assert words in outcome.err, outcome.err
