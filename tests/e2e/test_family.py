@@ -271,6 +271,10 @@ def test_wrong_settings_are_one_line(
         ("tiny", ["--video", "CLIP", "--strength", "2"], ["--strength 2", "at most 1"]),
         ("tiny", ["--video", "CLIP", "--frames", "33"], ["33 are needed", "--frames"]),
         ("tiny", ["--strength", "0.5"], ["no effect without --video"]),
+        ("tiny", ["--image", "PICTURE"], ["start.png: ", "a text-to-video model and takes no image"]),
+        ("tiny-1.5", ["--image", "PICTURE"], ["start.png: ", "takes no image", "cogvideox-1.5-5b-i2v"]),
+        ("tiny-i2v", ["--video", "CLIP"], ["clip0.mp4: ", "is an image-to-video model, which starts from --image"]),
+        ("tiny-1.5-i2v", ["--video", "CLIP", "--image", "PICTURE"], ["clip0.mp4: ", "needs a text-to-video model"]),
     ],
 )
 def test_wrong_generation_is_one_line(
@@ -282,8 +286,9 @@ def test_wrong_generation_is_one_line(
     tmp_path: Path,
     clips_folder: Path,
     root: Path,
+    picture: Path,
 ) -> None:
-    files = {"CLIP": clips_folder / "clip0.mp4", "CONFTEST": root / "tests" / "conftest.py"}
+    files = {"CLIP": clips_folder / "clip0.mp4", "CONFTEST": root / "tests" / "conftest.py", "PICTURE": picture}
     given = [str(files.get(argument, argument)) for argument in arguments]
     outcome = run_command(
         "scripts/generate.py", "--model", variant_folder(model), "--prompt", "a", "--steps", 2, *given,
@@ -291,6 +296,7 @@ def test_wrong_generation_is_one_line(
     )  # fmt: skip
     assert outcome.code == 2 and outcome.err.count("error:") == 1, outcome.err
     assert all(word in outcome.err for word in words), outcome.err
+    assert not (tmp_path / "out.mp4").exists()
 
 
 def test_a_video_starts_from_a_video(
