@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save
 
 torch.set_num_threads(1)
 
@@ -74,6 +73,17 @@ def variant_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
     return get
 
 
+def _write_empty_weights(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """A bfloat16 safetensors file with these names and shapes, its data a hole that takes no room on the disk."""
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + 2 * tensor.numel()
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(path, 8 + len(text) + end)
+
+
 @pytest.fixture(scope="session")
 def skeleton_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A function that gives a pipeline folder of a released architecture with all configs and empty weights."""
@@ -86,8 +96,9 @@ def skeleton_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
 
         transformer, vae, shift = ARCHITECTURES[model]
         with torch.device("meta"):
+            denoiser = CogVideoXTransformer3DModel(**transformer)
             configs = {
-                "transformer/config.json": dict(CogVideoXTransformer3DModel(**transformer).config),
+                "transformer/config.json": dict(denoiser.config),
                 "vae/config.json": dict(AutoencoderKLCogVideoX(**vae).config),
                 "text_encoder/config.json": {"d_model": transformer["text_embed_dim"]},
                 "tokenizer/tokenizer_config.json": {},
@@ -105,10 +116,12 @@ def skeleton_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
         for name, config in configs.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(json.dumps(config))
-        for name in ("transformer", "vae", "text_encoder"):
-            (folder / name / "weights.safetensors").write_bytes(
-                save({"transformer_blocks.0.attn1.norm_q.weight": torch.zeros(64)})
-            )
+        for name, tensors in (
+            ("transformer", denoiser.state_dict()),
+            ("vae", {"weight": torch.empty(1)}),
+            ("text_encoder", {"weight": torch.empty(1)}),
+        ):
+            _write_empty_weights(folder / name / "weights.safetensors", tensors)
         return folder
 
     def get(model: str) -> Path:

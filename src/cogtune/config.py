@@ -53,7 +53,7 @@ class DataSettings(Section):
     shape is nearest, and of these to the longest that it fills. A batch holds one."""
     bucket_tokens: Positive | None = None
     """Formats by a budget instead of a list: shapes from portrait to landscape, each as long as this many tokens allow,
-    and half and a quarter of that for shorter clips."""
+    and half and a quarter of that for shorter clips. An upper bound: no sample has more tokens, and most have fewer."""
     allow_unsupported_size: bool = False
     """Allow a length or size that the model card doesn't support; expect worse videos."""
     id_token: str | None = None

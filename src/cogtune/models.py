@@ -274,22 +274,26 @@ _OTHER_VARIANT = (
 )
 
 
-def check_transformer_weights(facts: ModelFacts, meta: CogVideoXTransformer3DModel) -> set[str]:
-    """Names of the tensors in the folder; raises `UserError` for one that its config doesn't describe.
+def check_transformer_weights(facts: ModelFacts, meta: CogVideoXTransformer3DModel) -> None:
+    """Compares the files' headers with the config; raises `UserError` for an unknown, misshapen or missing tensor.
 
-    diffusers would go on with a warning, and drop it.
+    diffusers would go on with a warning: drop it, compute other positions, or leave random numbers.
     """
     expected = {name: list(tensor.shape) for name, tensor in meta.state_dict().items()}
     computed = {name for name, _ in meta.named_buffers()} - set(expected)  # some files have these positions too
-    found = set[str]()
+    missing = dict.fromkeys(expected)
     for path in sorted((facts.folder / "transformer").glob("*.safetensors")):
         for name, shape in _read_shapes(path).items():
             if name not in expected and name not in computed:
                 raise UserError(f"{path}: {name} is not in the model that its config describes: {_OTHER_VARIANT}")
             if expected.get(name, shape) != shape:
                 raise UserError(f"{path}: {name} is {shape}, its config says {expected[name]}: {_OTHER_VARIANT}")
-            found.add(name)
-    return found
+            missing.pop(name, None)
+    if missing:
+        raise UserError(
+            f"{facts.folder / 'transformer'}: {len(missing)} of {len(expected)} tensors missing, first "
+            f"{next(iter(missing))}: the download is incomplete, or it has {_OTHER_VARIANT}"
+        )
 
 
 def count_image_encoder(facts: ModelFacts) -> int:
@@ -335,14 +339,7 @@ def choose_dtype(wanted: str, facts: ModelFacts, device: torch.device) -> torch.
 
 def load_transformer(facts: ModelFacts, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
     """The denoiser on the CPU, frozen, in evaluation mode."""
-    meta = make_meta_transformer(facts)
-    found = check_transformer_weights(facts, meta)
-    # diffusers would warn, and compute other positions or leave random numbers.
-    if missing := [name for name in meta.state_dict() if name not in found]:
-        raise UserError(
-            f"{facts.folder / 'transformer'}: {missing[0]} and {len(missing) - 1} more tensors are missing: the "
-            f"download is incomplete, or it has {_OTHER_VARIANT}"
-        )
+    check_transformer_weights(facts, make_meta_transformer(facts))
     model = CogVideoXTransformer3DModel.from_pretrained(
         facts.folder / "transformer", torch_dtype=dtype, use_safetensors=True
     )

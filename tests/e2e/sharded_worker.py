@@ -82,6 +82,11 @@ def save_fsdp(kind: str) -> None:
     save({"optimizer": {"step": torch.ones(1)}}, checkpoint_id=str(folder / "optimizer_0"))
     whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     keep_truth(f"fsdp-{kind}", whole)
+    # accelerate's name for FULL_STATE_DICT: the whole model in one file, which the first process writes.
+    keep_truth(f"fsdp-whole-{kind}", whole)
+    if dist.get_rank() == 0:
+        (OUT / f"fsdp-whole-{kind}").mkdir()
+        torch.save(whole, OUT / f"fsdp-whole-{kind}" / "pytorch_model_fsdp.bin")
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cogtune.cache import Cache
@@ -139,6 +140,35 @@ def test_another_size_than_the_released_models_were_trained_on(
         outcome = run_command(TRAIN, *arguments(model__path=skeleton_folder(model), **allow, **size), "--dry-run")
         assert outcome.code == 0, outcome.err
     assert not list(tmp_path.iterdir())
+
+
+SIZES_OF_1_5 = {
+    "frames off the steps": ({"num_frames": 85}, ["85 frames of 1360x768", "16k + 1, from 17 to 161", "such as 81"]),
+    "too many frames": ({"num_frames": 177}, ["177 frames of 1360x768", "16k + 1, from 17 to 161", "such as 161"]),
+    "short side": ({"height": 480, "width": 720}, ["81 frames of 720x480", "shorter side must be 768", "768 and 1152"]),
+    "long side": ({"width": 1376}, ["81 frames of 1376x768", "multiple of 16 up to 1360", "768 and 1360"]),
+    "portrait": ({"height": 1376, "width": 768}, ["81 frames of 768x1376", "multiple of 16 up to 1360"]),
+    "no multiple": ({"width": 1000}, ["width=1000", "multiple of 16"]),
+}
+
+
+@pytest.mark.parametrize("name", SIZES_OF_1_5)
+def test_sizes_that_break_the_rules_of_version_1_5(
+    run_command, arguments, skeleton_folder, tmp_path: Path, name: str
+) -> None:
+    size, parts = SIZES_OF_1_5[name]
+    native = {"num_frames": 81, "height": 768, "width": 1360}
+    bucket = "x".join(map(str, (native | size).values()))
+    Image.new("RGB", (1360, 768)).save(tmp_path / "first.png")
+    for model in ("cogvideox-1.5-5b", "cogvideox-1.5-5b-i2v"):
+        folder = skeleton_folder(model)
+        for data in ({f"data__{key}": value for key, value in size.items()}, {"data__buckets": bucket}):
+            assert_refused(run_command(TRAIN, *arguments(model__path=folder, **data), "--dry-run"), *parts)
+        options = [f"--{key.removeprefix('num_')}={value}" for key, value in size.items()]
+        image = ["--image", "first.png"] if model.endswith("i2v") else []
+        generate = ["--model", folder, "--prompt", "x", "--output", "out.mp4", *options, *image]
+        assert_refused(run_command(GENERATE, *generate), *parts)
+    assert [path.name for path in tmp_path.iterdir()] == ["first.png"]
 
 
 def test_a_learning_rate_written_1e_4_works(run_command, arguments, tmp_path: Path) -> None:

@@ -271,6 +271,10 @@ def test_wrong_settings_are_one_line(
         ("tiny", ["--video", "CLIP", "--strength", "2"], ["--strength 2", "at most 1"]),
         ("tiny", ["--video", "CLIP", "--frames", "33"], ["33 are needed", "--frames"]),
         ("tiny", ["--strength", "0.5"], ["no effect without --video"]),
+        ("tiny", ["--image", "PICTURE"], ["start.png: ", "a text-to-video model and takes no image"]),
+        ("tiny-1.5", ["--image", "PICTURE"], ["start.png: ", "takes no image", "cogvideox-1.5-5b-i2v"]),
+        ("tiny-i2v", ["--video", "CLIP"], ["clip0.mp4: ", "is an image-to-video model, which starts from --image"]),
+        ("tiny-1.5-i2v", ["--video", "CLIP", "--image", "PICTURE"], ["clip0.mp4: ", "needs a text-to-video model"]),
     ],
 )
 def test_wrong_generation_is_one_line(
@@ -282,8 +286,9 @@ def test_wrong_generation_is_one_line(
     tmp_path: Path,
     clips_folder: Path,
     root: Path,
+    picture: Path,
 ) -> None:
-    files = {"CLIP": clips_folder / "clip0.mp4", "CONFTEST": root / "tests" / "conftest.py"}
+    files = {"CLIP": clips_folder / "clip0.mp4", "CONFTEST": root / "tests" / "conftest.py", "PICTURE": picture}
     given = [str(files.get(argument, argument)) for argument in arguments]
     outcome = run_command(
         "scripts/generate.py", "--model", variant_folder(model), "--prompt", "a", "--steps", 2, *given,
@@ -291,6 +296,7 @@ def test_wrong_generation_is_one_line(
     )  # fmt: skip
     assert outcome.code == 2 and outcome.err.count("error:") == 1, outcome.err
     assert all(word in outcome.err for word in words), outcome.err
+    assert not (tmp_path / "out.mp4").exists()
 
 
 def test_a_video_starts_from_a_video(
@@ -317,11 +323,11 @@ def test_weights_of_another_variant_are_refused(
 
 
 @pytest.mark.parametrize(
-    "variant, gone, extra",
+    "variant, gone, extra, words",
     [
-        ("tiny-i2v", "patch_embed.pos_embedding", None),
-        ("tiny-1.5", "transformer_blocks.0.attn1.to_q.weight", None),
-        ("tiny", None, "transformer_blocks.9.attn1.to_q.weight"),
+        ("tiny-i2v", "patch_embed.pos_embedding", None, "1 of 65 tensors missing, first patch_embed.pos_embedding: "),
+        ("tiny-1.5", "attn1.to_q", None, "4 of 64 tensors missing, first transformer_blocks.0.attn1.to_q."),
+        ("tiny", None, "transformer_blocks.9.attn1.to_q.weight", "transformer_blocks.9.attn1.to_q.weight is not in"),
     ],
 )
 def test_missing_and_unknown_weights_are_refused(
@@ -332,13 +338,24 @@ def test_missing_and_unknown_weights_are_refused(
     variant: str,
     gone: str | None,
     extra: str | None,
+    words: str,
 ) -> None:
-    """diffusers warns, and computes other positions, or leaves the layer random, or out."""
+    """By the plan and by generation, as diffusers computes other positions, or leaves the layer random, or out."""
     folder = tmp_path / "model"
     shutil.copytree(variant_folder(variant), folder)
     file = folder / "transformer/diffusion_pytorch_model.safetensors"
-    tensors = {name: tensor for name, tensor in load_file(file).items() if name != gone}
+    tensors = {name: tensor for name, tensor in load_file(file).items() if not gone or gone not in name}
     save_file(tensors | ({extra: torch.zeros(4, 4)} if extra else {}), file)
-    outcome = run_command("train/lora.py", "--config", write_config("run", folder))
-    assert outcome.code == 2 and outcome.err.count("error:") == 1, outcome.err
-    assert str(gone or extra) in outcome.err, outcome.err
+    image = ("--image", tmp_path / "start.png") if is_image_model(variant) else ()
+    Image.new("RGB", (96, 64)).save(tmp_path / "start.png")
+    config = write_config("run", folder)
+    full = write_config("full", folder)
+    full.write_text(yaml.safe_dump({k: v for k, v in yaml.safe_load(full.read_text()).items() if k != "adapter"}))
+    for command in (
+        ("train/lora.py", "--config", config, "--dry-run"),
+        ("train/sft.py", "--config", full, "--dry-run"),
+        ("scripts/generate.py", "--model", folder, "--prompt", "a", "--output", tmp_path / "out.mp4", *image),
+    ):
+        outcome = run_command(*command)
+        assert outcome.code == 2 and outcome.err.count("error:") == 1, outcome.err
+        assert words in outcome.err, outcome.err

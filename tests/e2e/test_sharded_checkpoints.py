@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 CONVERT = "scripts/convert.py"
-LORA, FULL = ["zero1-lora", "zero2-lora", "zero3-lora", "fsdp-lora"], ["zero2-full", "zero3-full", "fsdp-full"]
+LORA = ["zero1-lora", "zero2-lora", "zero3-lora", "fsdp-lora", "fsdp-whole-lora"]
+FULL = ["zero2-full", "zero3-full", "fsdp-full", "fsdp-whole-full"]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_what_the_folder_does_not_say_is_asked_for(saved: Path, refused: Callabl
     assert "holds all weights and no adapter; leave it out" in refused(saved / "zero2-full", "--alpha", 2)
 
 
-@pytest.mark.parametrize("case", ["zero2-full", "fsdp-full"])
+@pytest.mark.parametrize("case", ["zero2-full", "fsdp-full", "fsdp-whole-full"])
 def test_another_base_is_refused_by_its_first_difference(
     case: str, saved: Path, tiny_folder: Path, refused: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -120,6 +121,9 @@ def test_incomplete_folders_say_what_is_missing(saved: Path, refused: Callable[.
     fsdp = copied(saved / "fsdp-lora" / "pytorch_model_fsdp_0", tmp_path / "fsdp")
     (fsdp / "__1_0.distcp").unlink()
     assert "__1_0.distcp is missing, which the index names" in refused(fsdp, "--alpha", 6)
+    both = copied(saved / "fsdp-lora", tmp_path / "both")
+    shutil.copy(saved / "fsdp-whole-lora" / "pytorch_model_fsdp.bin", both)
+    assert "several checkpoints in it" in refused(both, "--alpha", 6)
     (tmp_path / "none").mkdir()
     assert "neither DeepSpeed's files" in refused(tmp_path / "none")
     assert "no such folder" in refused(tmp_path / "nowhere")
@@ -133,13 +137,17 @@ class Payload:
         return (Path.touch, (self.path,))
 
 
-@pytest.mark.parametrize("which", ["model states", "optimizer states", "index"])
+@pytest.mark.parametrize("which", ["model states", "optimizer states", "index", "whole model"])
 def test_code_in_a_checkpoint_is_not_run(which: str, saved: Path, refused: Callable[..., str], tmp_path: Path) -> None:
     if which == "index":
         folder = copied(saved / "fsdp-lora" / "pytorch_model_fsdp_0", tmp_path / "bad")
         (folder / ".metadata").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
         message = refused(folder, "--alpha", 6)
         assert "which is no part of a checkpoint's index" in message
+    elif which == "whole model":
+        folder = copied(saved / "fsdp-whole-lora", tmp_path / "bad")
+        torch.save({"extra": Payload(tmp_path / "ran")}, folder / "pytorch_model_fsdp.bin")
+        assert "could run code when read" in refused(folder, "--alpha", 6)
     else:
         folder = copied(saved / "zero2-lora", tmp_path / "bad")
         pattern = "mp_rank*_model_states.pt" if which == "model states" else "*rank_1*_optim_states.pt"

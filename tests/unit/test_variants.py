@@ -175,12 +175,22 @@ def test_released_shapes_have_the_known_number_of_tokens() -> None:
     assert tokens["cogvideox-1.5-5b"].max_text_length == 224
 
 
-@pytest.mark.parametrize("size", [(81, 768, 1360), (161, 768, 1360), (49, 768, 768), (17, 768, 1024)])
-def test_slice_positions_equal_the_pipelines(size: tuple[int, int, int], variant_folder: Callable[[str], Path]) -> None:
+LANDSCAPE = [(81, 768, 1360), (161, 768, 1360), (49, 768, 768), (17, 768, 1024)]
+
+
+@pytest.mark.parametrize(
+    ("size", "sample"),
+    [*((size, sample) for size in LANDSCAPE for sample in ((96, 170), (300, 300))), ((17, 1360, 768), (300, 300))],
+)
+def test_slice_positions_equal_the_pipelines(
+    size: tuple[int, int, int], sample: tuple[int, int], variant_folder: Callable[[str], Path]
+) -> None:
+    """Ours with the hub's sample size, the pipeline's with that or the 300 x 300 of diffusers' converter."""
     facts = make_architecture_facts("cogvideox-1.5-5b")
+    assert [facts.transformer_config[name] for name in ("sample_height", "sample_width")] == [96, 170]
     stock = load_stock(variant_folder("tiny-1.5"))
-    for name in ("sample_height", "sample_width", "attention_head_dim"):
-        stock.transformer.register_to_config(**{name: facts.transformer_config[name]})
+    config = {"sample_height": sample[0], "sample_width": sample[1], "attention_head_dim": facts.head_dim}
+    stock.transformer.register_to_config(**config)
     latents = (size[0] - 1) // 4 + 1
     latents += facts.num_padding(latents)
     expected = stock._prepare_rotary_positional_embeddings(size[1], size[2], latents, CPU)
@@ -190,7 +200,7 @@ def test_slice_positions_equal_the_pipelines(size: tuple[int, int, int], variant
 
 
 def test_portrait_has_positions_though_the_released_table_ends_before() -> None:
-    """A table of 170 x 170 slices to the same values; the released 96 x 170 has no row for it."""
+    """A table of 300 x 300 slices to the same values; the released 96 x 170 has no row for it."""
     facts = make_architecture_facts("cogvideox-1.5-5b-i2v")
     square = replace(facts, transformer_config=facts.transformer_config | {"sample_height": 300, "sample_width": 300})
     for found, expected in zip(

@@ -35,7 +35,7 @@ def find_deepspeed(path: Path) -> tuple[Path, str]:
         return path, inside[0].name
     raise UserError(
         f"{path}: neither DeepSpeed's files (*_model_states.pt, or 'latest' that names their folder) nor "
-        "torch.distributed.checkpoint's (.metadata); give the checkpoint's folder"
+        "FSDP's (.metadata, or pytorch_model_fsdp.bin); give the checkpoint's folder"
     )
 
 

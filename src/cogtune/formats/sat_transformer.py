@@ -116,9 +116,11 @@ def derive_config(tensors: Tensors, positions: Positions | None = None) -> dict[
         "text_embed_dim": shape("mixins.patch_embed.text_proj.weight")[1],
         "ofs_embed_dim": shape("ofs_embed.0.weight")[0] if f"{PREFIX}ofs_embed.0.weight" in tensors.specs else None,
         "max_text_seq_length": 224 if newer else 226,
+        # The native size, which the stock pipeline makes unless told otherwise. For 1.5, diffusers' own converter and
+        # the hub's first configs say 300 x 300 (2400x2400 pixels); positions are the same values.
         "sample_frames": 81 if newer else 49,
-        "sample_height": 300 if newer else 60,
-        "sample_width": 300 if newer else 90,
+        "sample_height": 96 if newer else 60,
+        "sample_width": 170 if newer else 90,
     }
     if _POSITIONS_KEY in tensors.specs:
         config = complete_config(config)

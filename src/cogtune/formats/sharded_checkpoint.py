@@ -8,8 +8,10 @@ from cogtune.errors import UserError
 from cogtune.formats.dcp_folder import open_dcp
 from cogtune.formats.deepspeed_folder import find_deepspeed, open_deepspeed
 from cogtune.formats.tensors import Tensors
+from cogtune.formats.torch_file import open_torch_file
 from cogtune.shards.stored import StoredTensors
 
+_WHOLE_FSDP = "pytorch_model_fsdp.bin"  # accelerate's file for FULL_STATE_DICT
 _WRAPPERS = re.compile(
     r"^(?:module|model|transformer|base_model|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
@@ -39,19 +41,18 @@ def open_own(path: Path, *, raw: bool) -> tuple[Tensors, bool]:
 
 
 def open_sharded(path: Path) -> Tensors:
-    """The weights of a DeepSpeed or torch.distributed.checkpoint folder, under diffusers' and PEFT's names."""
+    """The weights of a DeepSpeed or FSDP folder, under diffusers' and PEFT's names."""
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give the checkpoint's folder")
-    index = sorted(path.rglob(".metadata"))
-    weights = [file for file in index if not file.parent.name.startswith("optimizer")]
     if (path / ".metadata").is_file():
         return _plain_names(open_dcp(path))
-    if len(weights) == 1:
-        return _plain_names(open_dcp(weights[0].parent))
+    folders = sorted(file.parent for file in path.rglob(".metadata"))
+    weights = [folder for folder in folders if not folder.name.startswith("optimizer")]
+    weights += sorted(path.rglob(_WHOLE_FSDP))
     if len(weights) > 1:
-        raise UserError(
-            f"{path}: several checkpoints in it ({weights[0].parent}, {weights[1].parent}); give one of them"
-        )
+        raise UserError(f"{path}: several checkpoints in it ({weights[0]}, {weights[1]}); give the folder of one")
+    if weights:
+        return _plain_names((open_dcp if weights[0].is_dir() else open_torch_file)(weights[0]))
     return _plain_names(open_deepspeed(*find_deepspeed(path)))
 
 

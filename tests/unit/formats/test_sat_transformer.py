@@ -13,6 +13,7 @@ from cogtune.errors import UserError
 from cogtune.formats import sat_transformer as sat
 from cogtune.formats.sat_folder import open_sat, write_sat_folder
 from cogtune.formats.tensors import Spec, Tensors, hold
+from cogtune.random_pipeline import ARCHITECTURES
 
 SMALL = {
     "num_layers": 3,
@@ -161,8 +162,8 @@ def test_config_is_derived_from_the_tensors(name: str, monkeypatch: pytest.Monke
         key = f"{sat.PREFIX}mixins.patch_embed.proj.weight"
         flat = {**tensors.specs, key: Spec((32, 64), torch.float64)}
         assert sat.derive_config(Tensors("flat", flat, tensors.read), "rotary") == found
-    new = model.config.patch_size_t is not None
-    assert (found["max_text_seq_length"], found["sample_frames"]) == ((224, 81) if new else (226, 49))
+    released = ARCHITECTURES["cogvideox-5b" if model.config.patch_size_t is None else "cogvideox-1.5-5b"][0]
+    assert all(found[key] == released[key] for key in (*sizes, "sample_frames"))
 
 
 RELEASED = {"2B": (30, 64, 16, 1.875, False), "5B-I2V": (48, 64, 32, 1.875, True)}
