@@ -16,15 +16,15 @@ def list_optimizer_ways(config: RunConfig, dtype: torch.dtype, free_bytes: int |
     """What the ladder of a full fine-tuning may choose from, as arguments of `memory.predict`."""
     settings = config.memory
     if settings.optimizer != "auto":
-        return [dict(_WAYS[settings.optimizer])]
+        return [_WAYS[settings.optimizer]]
     if free_bytes is None:
-        return [dict(_WAYS["device"])]
+        return [_WAYS["device"]]
     possible = ["device"]
     if settings.allow_8bit_optimizer and not _why_not_in_8bit(config, dtype):
         possible.append("8bit")
     if not _why_not_on_host(config, dtype):
         possible.append("host")
-    return [dict(_WAYS[name]) for name in possible]
+    return [_WAYS[name] for name in possible]
 
 
 def check_optimizer(config: RunConfig, dtype: torch.dtype, *, full: bool) -> None:
