@@ -27,13 +27,13 @@ from torch import Tensor, nn
 
 from cogtune.errors import UserError, run_command
 from cogtune.frame_convolution import use_frame_convolutions
-from cogtune.shapes.imagery import sample_imagery
 from cogtune.shapes.pool import ClipPool, DevicePool
 from cogtune.shapes.reconstruction import (
+    UNSEEN_SEED,
     decoder_loss,
     halve_colour_resolution,
     measure_latents,
-    measure_psnr,
+    measure_unseen,
     reconstruction_loss,
 )
 from cogtune.shapes.recorded_step import RecordedStep
@@ -41,7 +41,6 @@ from cogtune.shapes.render import render
 from cogtune.shapes.world import HEIGHT, NUM_FRAMES, WIDTH, sample_clip
 from cogtune.vae.spatial_norm import use_small_spatial_norms
 
-UNSEEN_SEED = 1_000_003  # of the clips that PSNR is measured on
 MAX_LATENT_NOISE = 0.1  # deviations; what a small denoiser leaves on the latents must not show
 QUIET_FROM = 0.6  # of the time; noise costs sharpness, so the end is nearly without
 EMA_DECAY = 0.999
@@ -217,24 +216,6 @@ def save(
     return smooth
 
 
-def report(vae: AutoencoderKLCogVideoX, count: int) -> dict[str, float]:
-    """PSNR on clips that training did not show: of the base world, of the concept, and of the varied imagery."""
-    sets = {
-        "base": [render(sample_clip("base", UNSEEN_SEED, 10**6 + index)) for index in range(count)],
-        "concept": [render(sample_clip("concept", UNSEEN_SEED, index)) for index in range(count)],
-        "imagery": [sample_imagery(UNSEEN_SEED, index) for index in range(count)],
-    }
-    measured = {}
-    for name, clips in sets.items():
-        measured[f"psnr_{name}"], measured[f"psnr_{name}_worst"] = measure_psnr(vae, np.stack(clips))
-    latents = measure_latents(vae, np.stack(sets["base"]))
-    measured["latent_std"] = float(latents.std())
-    measured["channel_std_min"] = float(latents.std((0, 2, 3, 4)).min())
-    measured["channel_std_max"] = float(latents.std((0, 2, 3, 4)).max())
-    measured["channel_mean_max"] = float(latents.mean((0, 2, 3, 4)).abs().max())
-    return {name: round(value, 3) for name, value in measured.items()}
-
-
 def train(
     arguments: argparse.Namespace, started: float, device: torch.device, rendered: ClipPool
 ) -> tuple[AutoencoderKLCogVideoX, int]:
@@ -301,7 +282,10 @@ def main() -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         vae, steps = train(arguments, started, device, rendered)
     row = {"steps": steps, "clips": steps * arguments.batch_size, "seconds": round(time.monotonic() - started, 1)}
-    row |= {"parameters": sum(parameter.numel() for parameter in vae.parameters()), **report(vae, arguments.unseen)}
+    row |= {
+        "parameters": sum(parameter.numel() for parameter in vae.parameters()),
+        **measure_unseen(vae, arguments.unseen),
+    }
     log(arguments.out, row | {"scaling_factor": vae.config["scaling_factor"]})
 
 

@@ -11,8 +11,10 @@ from cogtune.arrangement import Activations
 from cogtune.attention import install_attention
 from cogtune.config import OptimizerSettings
 from cogtune.execution import configure_blocks
+from cogtune.formats.tensors import Spec
 from cogtune.host_training import HostAdamW, HostStepGuard, HostWeights
 from cogtune.optimization import StepGuard, make_optimizer
+from cogtune.shards.parts import ParameterParts
 from cogtune.streaming import updates
 
 CPU = torch.device("cpu")
@@ -149,3 +151,25 @@ def test_weights_read_from_a_file_reach_the_device() -> None:
             weights.parameters[name].copy_(parameter)
     weights.publish_all()
     assert torch.equal(backward(transformer, 3), backward(other, 3))
+
+
+def test_state_that_is_read_stays_where_the_device_reads_it() -> None:
+    """In page-locked memory: a resumed run's updates are as fast as before."""
+    transformer, weights = make("recompute", on_host=True, updated=2)
+    assert weights is not None and weights.updated == {1, 3}
+    optimizer = HostAdamW(weights, SETTINGS)
+    parts = ParameterParts(weights.parameters, optimizer)
+    backward(transformer, 0)
+    HostStepGuard(weights, optimizer, max_grad_norm=1.0).apply(optimizer, [])
+    optimizer.step()
+    optimizer.wait()
+    state = parts.state()
+    made = parts.make_state({name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()})
+    moments = {id(tensor) for pair in weights.moments.values() for tensor in pair}
+    there = {id(tensor) for entry in optimizer.state.values() for tensor in entry.values()}
+    updated = [
+        name for name in weights.parameters if name.startswith(("transformer_blocks.1.", "transformer_blocks.3."))
+    ]
+    assert len(moments) == 2 * len(updated) > 0
+    assert moments <= there
+    assert made.keys() == state.keys()

@@ -97,3 +97,31 @@ def test_both_share_the_way_in() -> None:
     apart = [predict(20, kept=0.6 * backward(), num_offloaded=20), predict(20, block=0.6 * backward(), num_resident=0)]
     both = predict(20, kept=0.6 * backward(), block=0.6 * backward(), num_offloaded=20, num_resident=0)
     assert both > max(apart)
+
+
+def test_updates_on_the_host_run_beside_the_forward_pass() -> None:
+    """By the cores alone, by both, and bounded by the link where activations leave beside them."""
+    cores, block, layers = 12, 1e9, 6
+    on_cores = block * 14 / (cores * 4.75e9)  # 28 bytes a number, of which the device's copy has 2
+
+    def follow(num_updated: int, *, link: float, leaving: int = 0) -> float:
+        rung = MemoryPlan("keep_products", 0, 0, 0, 0, on_host=True, num_updated=num_updated, num_offloaded=leaving)
+        quick = BlockTimes(linear=1e-6, attention_forward=1e-6, attention_backward=1e-6)
+        return predict_seconds(
+            rung, quick, Machine(1e12, link, cores), num_layers=layers, block_bytes=int(block),
+            kept_bytes=lambda _way: 3e9, weight_gradients=True,
+        )  # fmt: skip
+
+    fast = 1e15
+    assert follow(0, link=fast) == pytest.approx(layers * on_cores, rel=1e-3)
+    assert follow(3, link=fast) == pytest.approx(layers * on_cores / 2, rel=1e-3)
+    assert follow(6, link=fast) < 0.01
+    slow = (
+        30e9  # 7 bytes each way for a byte of the copy, at 0.8 of its rate, and the blocks' own copies in both passes
+    )
+    moved, copied = block * (7 / 2 + 1) / (0.8 * slow), block / slow
+    assert moved > on_cores / 2
+    both = follow(3, link=slow)
+    assert layers * moved < both < layers * (moved + 1.1 * copied)
+    assert follow(3, link=slow, leaving=6) > both, "what leaves beside them takes the way back"
+    assert follow(6, link=5e9) > follow(0, link=5e9), "over a slow link the cores are faster"

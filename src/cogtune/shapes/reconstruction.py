@@ -9,6 +9,12 @@ from diffusers.models.autoencoders.autoencoder_kl_cogvideox import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cogtune.shapes.imagery import sample_imagery
+from cogtune.shapes.render import render
+from cogtune.shapes.world import sample_clip
+
+UNSEEN_SEED = 1_000_003
+"""Of the clips that PSNR is measured on."""
 _TYPICAL_CONTRAST = 1.5  # of an object to its background, Euclidean in RGB in [-1, 1]; the world has 1.0 to 2.6
 _TYPICAL_AREA = 0.035  # of an object, as a share of its frame; the world has 0.018 to 0.115
 _MSE_WEIGHT = 10.0  # L1 alone leaves the edges soft; they make nearly all of the squared error
@@ -102,3 +108,22 @@ def measure_latents(vae: AutoencoderKLCogVideoX, clips: NDArray[np.uint8], batch
     batches = (torch.from_numpy(clips[i : i + batch_size]).to(device) for i in range(0, len(clips), batch_size))
     encoded = (vae.encode(to_pixels(batch).to(dtype), return_dict=False)[0] for batch in batches)
     return torch.cat([posterior.mode().float().cpu() for posterior in encoded])
+
+
+def measure_unseen(vae: AutoencoderKLCogVideoX, count: int) -> dict[str, float]:
+    """PSNR in dB on `count` clips each that training did not show: of the base world, of the concept, and of the varied
+    imagery; and how the latents of the first are spread. In 3 decimals."""
+    sets = {
+        "base": [render(sample_clip("base", UNSEEN_SEED, 10**6 + index)) for index in range(count)],
+        "concept": [render(sample_clip("concept", UNSEEN_SEED, index)) for index in range(count)],
+        "imagery": [sample_imagery(UNSEEN_SEED, index) for index in range(count)],
+    }
+    measured = {}
+    for name, clips in sets.items():
+        measured[f"psnr_{name}"], measured[f"psnr_{name}_worst"] = measure_psnr(vae, np.stack(clips))
+    latents = measure_latents(vae, np.stack(sets["base"]))
+    measured["latent_std"] = float(latents.std())
+    measured["channel_std_min"] = float(latents.std((0, 2, 3, 4)).min())
+    measured["channel_std_max"] = float(latents.std((0, 2, 3, 4)).max())
+    measured["channel_mean_max"] = float(latents.mean((0, 2, 3, 4)).abs().max())
+    return {name: round(value, 3) for name, value in measured.items()}
