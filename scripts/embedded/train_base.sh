@@ -3,7 +3,8 @@
 #
 #   scripts/embedded/train_base.sh            PYTHON and CLIPS (9000) can be set; one GPU
 #
-# The VAE in scripts/embedded/vae is used where it is there; without it, it is trained first. The transformer is trained
+# The VAE in scripts/embedded/vae is used where it is there; without it, it is trained first, its decoder longer than
+# its encoder (for the shipped one the decoder came last, which makes no difference to the transformer). The transformer is trained
 # in two parts, as the shipped one was: on samples of the VAE's own wide posterior, then, from those averages, on its
 # means. The shipped weights are the averages after 11,294 steps of the second part, which was stopped there.
 set -euo pipefail
@@ -11,7 +12,9 @@ cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3} out=runs/embedded
 config="--config configs/sft/embedded.yaml"
 [ -d scripts/embedded/vae ] || "$python" scripts/embedded/train_vae.py --out $out/vae --minutes 15
-vae=scripts/embedded/vae; [ -d $vae ] || vae=$out/vae/vae
+[ -d scripts/embedded/vae ] || "$python" scripts/embedded/train_vae.py --decoder-of $out/vae/vae --out $out/decoder \
+  --minutes 8.9 --pool 24576 --fixed-pool --workers 14 --learning-rate 1e-3 --quiet-noise 0.04 --seed 7
+vae=scripts/embedded/vae; [ -d $vae ] || vae=$out/decoder/vae
 [ -d $out/clips ] || "$python" data/make_shapes.py --out $out/clips --split base --count "${CLIPS:-9000}" --seed 0
 [ -d $out/held_out ] || "$python" data/make_shapes.py --out $out/held_out --split held_out --count 32 --seed 1
 [ -d $out/first ] || "$python" scripts/embedded/build_pipeline.py --vae $vae --wide-posterior --out $out/first
