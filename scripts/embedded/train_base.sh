@@ -4,7 +4,7 @@
 #   scripts/embedded/train_base.sh            PYTHON and CLIPS (9000) can be set; one GPU
 #
 # The VAE in scripts/embedded/vae is used where it is there; without it, it is trained first, its decoder longer than
-# its encoder (for the shipped one the decoder came last, which makes no difference to the transformer). The transformer is trained
+# its encoder (the shipped decoder came last, which is the same to the transformer). The transformer is trained
 # in two parts, as the shipped one was: on samples of the VAE's own wide posterior, then, from those averages, on its
 # means. The shipped weights are the averages after 11,294 steps of the second part, which was stopped there.
 set -euo pipefail

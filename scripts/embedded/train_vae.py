@@ -82,7 +82,12 @@ def make_start(arguments: argparse.Namespace) -> AutoencoderKLCogVideoX:
     else:
         vae = make_vae(arguments.widths)
     if arguments.resume:
-        vae.load_state_dict(load_file(arguments.resume / "weights.safetensors"), strict=not arguments.decoder_of)
+        weights = load_file(arguments.resume / "weights.safetensors")
+        if weights.keys() != trained_parameters(vae).keys():
+            raise UserError(
+                f"--resume {arguments.resume}: it trained other weights; give --decoder-of as there, or not"
+            )
+        vae.load_state_dict(weights, strict=False)
     return vae
 
 

@@ -36,6 +36,8 @@ class HostWeights:
         self.device, self.dtype = device, dtype
         self.updated = updated_blocks(len(transformer.transformer_blocks), num_updated)
         """Numbers of the blocks that the device updates."""
+        self.locked: list[HostBuffer] = []
+        """The page-locked memory of those blocks' weights and moments: pages are unlocked when a buffer goes."""
         self.moments: dict[str, tuple[Tensor, Tensor]] = {}
         """Zeros in page-locked memory for both moments of those blocks' weights."""
         for index in self.updated:
@@ -60,9 +62,9 @@ class HostWeights:
         """Moves a block's weights to page-locked memory, where it makes room for their moments as well."""
         names = [name for name in self.parameters if name.startswith(prefix)]
         sizes = [4 * self.parameters[name].numel() for name in names]
-        weights, averages, squares = (
-            HostBuffer(sum(sizes), page_locked=self.device.type == "cuda").bytes.split(sizes) for _ in range(3)
-        )
+        buffers = [HostBuffer(sum(sizes), page_locked=self.device.type == "cuda") for _ in range(3)]
+        self.locked += buffers
+        weights, averages, squares = (buffer.bytes.split(sizes) for buffer in buffers)
         for name, *pieces in zip(names, weights, averages, squares, strict=True):
             parameter = self.parameters[name]
             weight, average, square = (piece.view(torch.float32).view(parameter.shape) for piece in pieces)

@@ -3,8 +3,8 @@
 A rung says which activations the backward pass finds (`arrangement`), in all blocks or less in some, how many blocks'
 weights stay on the device while the others are streamed (`streaming.blocks`), and of how many blocks the activations
 wait on the host (`streaming.activations`). None of them changes a result. In full fine-tuning it also says where
-weights and optimizer state are. State in 8 bits and a quantized frozen base do change the result, and are on the ladder
-only where the user lets them.
+weights and optimizer state are, and with it how an update is rounded. State in 8 bits and a quantized frozen base do
+change the result, and are on the ladder only where the user lets them.
 """
 
 from collections.abc import Callable, Sequence

@@ -38,7 +38,7 @@ from cogtune.parallel.strategy import Strategy, read_strategy
 from cogtune.quantized_ways import check_quantized_base, list_base_ways
 from cogtune.recorded_pass import check_cuda_graph
 from cogtune.shards.plan import count_saved_bytes, decide_asynchronous
-from cogtune.step_time import UPDATED_SHARES, BlockTimes, predict_seconds
+from cogtune.step_time import BlockTimes, count_updated, predict_seconds
 from cogtune.streaming.host import free_host_bytes
 from cogtune.trained_weights import choose_trained, count_frozen_in_blocks
 
@@ -386,10 +386,7 @@ def list_training_rungs(
     shape = {"num_layers": facts.num_layers, "free_bytes": free_bytes, "streamable": streamable}
     of_state = full and not divided
     ways = list_optimizer_ways(config, dtype, free_bytes) if of_state else list_base_ways(config, block, dtype)
-    ways = [way | more for way in ways for more in (_shares_of_updates(facts.num_layers) if "on_host" in way else [{}])]
+    if free_bytes is not None:  # a CPU has no link
+        updated = {"num_updated": count_updated(facts.num_layers, machine)}
+        ways = [way | updated if "on_host" in way else way for way in ways]
     return sort_rungs([rung for way in ways for rung in list_rungs(partial(count, **way), time_of, settings, **shape)])
-
-
-def _shares_of_updates(num_layers: int) -> list[dict[str, int]]:
-    """How many blocks the device may update while weights and state are on the host, as arguments of `predict`."""
-    return [{"num_updated": count} for count in sorted({round(num_layers * share) for share in UPDATED_SHARES})]

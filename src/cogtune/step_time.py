@@ -30,11 +30,11 @@ _DEVICE_TRAFFIC = 7.0
 """What an update on the device moves in each direction, in the same bytes: the float32 weight and both moments with the
 gradient come, the three with the copy go. Counted."""
 _BOTH_WAYS = 0.8
-"""Part of the link's rate that each direction keeps while both are in use. With it 5B's steps under 24 and 16 GB, 2/3
-of the blocks updated on the device, come out at 3.6 and 3.8 s; measured 3.6 and 3.9 at best."""
-UPDATED_SHARES = (0.0, 1 / 3, 1 / 2, 2 / 3)
-"""Of the blocks, what the device may update in their place: a few, so that rates that differ a little from one start to
-the next seldom mean another choice, and with it results rounded otherwise."""
+"""Part of the link's rate that each direction keeps while both are in use. A guess: with it 5B's steps under 24 and 16
+GB, 2/3 of the blocks updated on the device, come out at 3.6 and 3.8 s, where 3.9 and 4.1 were measured."""
+_UPDATED_SHARES = ((35e9, 1 / 2), (18e9, 1 / 3))
+"""Of the blocks, what the device updates over a link of at least so many bytes a second: PCIe 5's and PCIe 4's. The
+steps between are wide, since a result is rounded otherwise on the other side."""
 _FLOPS_A_BYTE = 300.0
 """What a device computes while its memory moves a byte: decoding quantized weights reads codes and writes weights. A
 guess, from an H100's data sheet (990 TFLOP/s, 3.35 TB/s)."""
@@ -92,6 +92,17 @@ class _Block:
     backward: float
     weights: float
     leaving: float
+
+
+def count_updated(num_layers: int, machine: Machine) -> int:
+    """How many blocks the device updates while weights and AdamW's state are on the host.
+
+    It follows from the link alone, so that a run that is resumed on its machine has the same.
+    """
+    for link, share in _UPDATED_SHARES:
+        if machine.link >= link:
+            return round(num_layers * share)
+    return 0
 
 
 def predict_seconds(

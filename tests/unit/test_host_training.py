@@ -172,4 +172,8 @@ def test_state_that_is_read_stays_where_the_device_reads_it() -> None:
     ]
     assert len(moments) == 2 * len(updated) > 0
     assert moments <= there
+    kept = [(buffer.bytes.data_ptr(), buffer.bytes.numel()) for buffer in weights.locked]
+    tensors = [weights.parameters[name] for name in updated] + [t for pair in weights.moments.values() for t in pair]
+    for tensor in tensors:  # a buffer that goes takes the lock from its pages
+        assert any(first <= tensor.data_ptr() < first + size for first, size in kept)
     assert made.keys() == state.keys()

@@ -7,7 +7,7 @@ import pytest
 from cogtune.arrangement import Activations
 from cogtune.machine import Machine
 from cogtune.memory import MemoryPlan
-from cogtune.step_time import _COPY_SHARE, BlockTimes, predict_seconds
+from cogtune.step_time import _COPY_SHARE, BlockTimes, count_updated, predict_seconds
 
 TIMES = BlockTimes(linear=1.0, attention_forward=2.0, attention_backward=4.0)
 FORWARD = TIMES.forward_seconds()
@@ -125,3 +125,9 @@ def test_updates_on_the_host_run_beside_the_forward_pass() -> None:
     assert layers * moved < both < layers * (moved + 1.1 * copied)
     assert follow(3, link=slow, leaving=6) > both, "what leaves beside them takes the way back"
     assert follow(6, link=5e9) > follow(0, link=5e9), "over a slow link the cores are faster"
+
+
+@pytest.mark.parametrize("link, expected", [(54e9, 21), (50e9, 21), (25e9, 14), (12e9, 0)])
+def test_the_share_of_updates_follows_from_the_link(link: float, expected: int) -> None:
+    """Not from cores or free memory, which differ from one start of a run to the next."""
+    assert count_updated(42, Machine(800e12, link, 12)) == count_updated(42, Machine(1e12, link, 2)) == expected

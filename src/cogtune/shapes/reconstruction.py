@@ -68,10 +68,12 @@ def _error_loss(error: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 def object_weights(pixels: Tensor) -> Tensor:
     """How much an error in each frame hides of its object, [B, 1, F, 1, 1] for pixels [B, 3, F, H, W]; 1 is typical.
 
+    Background and contrast are the clip's, the area is the frame's.
+
     The corners of a small object of little contrast to its background say as much of its shape as those of a large,
     bright one, and are a fraction of the squared error.
     """
-    sides = (pixels[..., :2, :], pixels[..., -2:, :], pixels[..., :2].mT, pixels[..., -2:].mT)
+    sides = (pixels[..., :2, :], pixels[..., -2:, :], pixels[..., :2], pixels[..., -2:])
     ground = torch.cat([side.flatten(2) for side in sides], dim=2).mean(2)[:, :, None, None, None]
     distance = (pixels - ground).square().sum(1, keepdim=True).sqrt()  # [B, 1, F, H, W]
     contrast = distance.amax((2, 3, 4), keepdim=True).clamp(min=0.5)

@@ -22,7 +22,7 @@ class Parts(Protocol):
         ...
 
     def state(self) -> Mapping[str, Tensor | Piece]:
-        """The optimizer's state by `<weight>.<key>`, sharing its memory; nothing before the first step."""
+        """The optimizer's state by `<weight>.<key>`, sharing its memory; before the first step nothing, or zeros."""
         ...
 
     def make_state(self, saved: Mapping[str, Spec]) -> Mapping[str, Tensor | Piece]:
