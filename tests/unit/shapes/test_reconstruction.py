@@ -10,7 +10,14 @@ from diffusers import AutoencoderKLCogVideoX
 from cogtune.frame_convolution import convolve_frames, use_frame_convolutions
 from cogtune.shapes.imagery import sample_imagery
 from cogtune.shapes.pool import ClipPool
-from cogtune.shapes.reconstruction import halve_colour_resolution, measure_psnr, reconstruction_loss, to_pixels
+from cogtune.shapes.reconstruction import (
+    decoder_loss,
+    halve_colour_resolution,
+    measure_psnr,
+    object_weights,
+    reconstruction_loss,
+    to_pixels,
+)
 
 
 def make_vae() -> AutoencoderKLCogVideoX:
@@ -115,3 +122,30 @@ def test_psnr_of_a_known_error():
     clips = np.full((3, 17, 8, 8, 3), 100, dtype=np.uint8)
     psnr, worst = measure_psnr(Brighter(), clips, batch_size=2)  # type: ignore[arg-type]
     assert psnr == pytest.approx(20 * np.log10(255 / 8)) == worst
+
+
+def draw_square(colour: float, side: int) -> torch.Tensor:
+    """A grey clip [1, 3, 2, 64, 96] with a square of another grey; smaller in the second frame."""
+    pixels = torch.zeros(1, 3, 2, 64, 96)
+    for frame, size in enumerate((side, side // 2)):
+        pixels[:, :, frame, 20 : 20 + size, 30 : 30 + size] = colour
+    return pixels
+
+
+def test_errors_weigh_more_on_small_objects_of_little_contrast():
+    pale, bright = object_weights(draw_square(0.6, 16)), object_weights(draw_square(1.2, 16))
+    assert pale.shape == (1, 1, 2, 1, 1)
+    torch.testing.assert_close(pale, 2 * bright, msg="as the contrast falls")
+    assert 1.0 < pale[0, 0, 1] / pale[0, 0, 0] <= 2.0, "as the area falls, by its root"
+    whole = object_weights(torch.zeros(1, 3, 2, 64, 96))
+    assert torch.isfinite(whole).all() and whole.max() <= 3.0, "an empty clip has a weight, too"
+
+
+def test_the_decoders_loss_is_weighted_and_its_parts_are_not():
+    pixels = draw_square(0.5, 16)
+    decoded = pixels + 0.1
+    loss, parts = decoder_loss(pixels, decoded)
+    weights = object_weights(pixels)
+    expected = 0.1 * weights.mean() + 10.0 * (0.1 * weights).square().mean()
+    torch.testing.assert_close(loss, expected)
+    assert float(parts["l1"]) == pytest.approx(0.1, rel=1e-4) and float(parts["mse"]) == pytest.approx(0.01, rel=1e-4)
