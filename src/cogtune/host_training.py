@@ -84,6 +84,9 @@ class HostWeights:
             self.publish(index)
 
 
+_Update = Future[None] | Future[torch.cuda.Event | None]
+
+
 def updated_blocks(num_blocks: int, num_updated: int) -> set[int]:
     """Which blocks the device updates: spread evenly, so that neither it nor the host's cores wait for long."""
     return set(choose_streamed(num_blocks, num_blocks - num_updated)) if num_updated else set()
@@ -103,7 +106,7 @@ class HostAdamW(torch.optim.Optimizer):
         self._weights = weights
         self._scaled = make_room(torch.device("cpu"))
         self._thread = start_computing_thread("optimizer")
-        self._updates: list[Future[torch.cuda.Event | None]] = []
+        self._updates: list[_Update] = []
         self._on_device: StreamedUpdates | None = None
         if weights.updated:
             self._on_device = StreamedUpdates(weights.device, weights.dtype)
@@ -130,6 +133,7 @@ class HostAdamW(torch.optim.Optimizer):
         outside = len(self._weights.parts) - 1
         # What is outside of the blocks is on the device all the time, and is read first.
         for index in (outside, *range(outside)):
+            update: _Update
             if index in self._weights.updated:
                 update = self._device_thread.submit(self._update_on_device, index, rate, factor)
             else:
@@ -196,7 +200,7 @@ def _start_device_thread(device: torch.device) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix="optimizer on the device", initializer=begin)
 
 
-def _finish(update: Future[torch.cuda.Event | None]) -> None:
+def _finish(update: _Update) -> None:
     """Until an update is done on the host, where its copies may still be under way when the future is."""
     done = update.result()
     if done is not None:
