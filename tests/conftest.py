@@ -216,6 +216,44 @@ def run_command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
 
 
 @pytest.fixture
+def good(run_command: Callable[..., Outcome]) -> Callable[..., str]:
+    """Runs a command that must succeed; gives what it prints."""
+
+    def call(*arguments: object) -> str:
+        outcome = run_command(*arguments)
+        assert outcome.code == 0, outcome.err
+        return outcome.out
+
+    return call
+
+
+@pytest.fixture
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working directory is the test's own; for a whole file: `pytestmark = pytest.mark.usefixtures(...)`."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def make_adapter(tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes an adapter of a pipeline folder's transformer that has left its start, to `lora`."""
+
+    def make(base: Path, settings: Any) -> Path:
+        from cogtune import adapter, models
+
+        transformer = models.load_transformer(models.read_facts(base), torch.float32)
+        adapter.add_lora(transformer, settings, seed=1)
+        generator = torch.Generator().manual_seed(2)
+        for name, parameter in adapter.adapter_parameters(transformer).items():
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.3, generator=generator)
+        (tmp_path / "lora").mkdir()
+        adapter.save_adapter(transformer, tmp_path / "lora", trained=True)
+        return tmp_path / "lora"
+
+    return make
+
+
+@pytest.fixture
 def run_process() -> Callable[..., Outcome]:
     """Runs `python <arguments>` in a process of its own, from the repository's root."""
 

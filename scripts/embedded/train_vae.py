@@ -58,7 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10**9, help="stop after so many steps if that comes first")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
-    parser.add_argument("--widths", type=int, nargs=4, default=[24, 40, 56, 56], help="channels, finest level first")
+    parser.add_argument("--widths", type=int, nargs=4, help="channels, finest level first (24 40 56 56)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=13, help="processes that render clips")
     parser.add_argument("--pool", type=int, default=16384, help="clips kept in memory, 313 kB each")
@@ -74,19 +74,19 @@ def parse_arguments() -> argparse.Namespace:
 def make_start(arguments: argparse.Namespace) -> AutoencoderKLCogVideoX:
     """The autoencoder as training finds it: random, from an earlier run, or one whose decoder is trained on."""
     if arguments.decoder_of:
+        if arguments.widths:
+            raise UserError("--widths: has no effect beside --decoder-of, whose autoencoder has its own; remove it")
         if not (arguments.decoder_of / "config.json").is_file():
             raise UserError(f"--decoder-of {arguments.decoder_of}: no config.json there; name an autoencoder's folder")
         vae = AutoencoderKLCogVideoX.from_pretrained(arguments.decoder_of, torch_dtype=torch.float32)
         vae.requires_grad_(False)
         vae.decoder.requires_grad_(True)
     else:
-        vae = make_vae(arguments.widths)
+        vae = make_vae(arguments.widths or [24, 40, 56, 56])
     if arguments.resume:
         weights = load_file(arguments.resume / "weights.safetensors")
         if weights.keys() != trained_parameters(vae).keys():
-            raise UserError(
-                f"--resume {arguments.resume}: it trained other weights; give --decoder-of as there, or not"
-            )
+            raise UserError(f"--resume {arguments.resume}: it trained other weights; give --decoder-of as it did")
         vae.load_state_dict(weights, strict=False)
     return vae
 

@@ -33,9 +33,8 @@ class TrainedModel:
         trained: Collection[str] | None = None,
     ) -> None:
         """`on_host`: the weights stay there and the `device` computes with copies of the precision `export_dtype`,
-        and updates `num_updated` of the blocks.
-        `weights_dtype`: what the weights are put into, which may be on the meta device. `trained`: the names of those
-        that are; default: all."""
+        and updates `num_updated` of the blocks. `weights_dtype`: what the weights are put into, which may be on the
+        meta device. `trained`: the names of those that are; default: all."""
         torch.nn.Module.to(transformer, weights_dtype)  # diffusers' own `to` warns, of nothing
         self.transformer = transformer
         for name, parameter in transformer.named_parameters():

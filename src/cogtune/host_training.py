@@ -21,6 +21,8 @@ from cogtune.streaming.gradients import GradientStream
 from cogtune.streaming.host import HostBuffer
 from cogtune.streaming.updates import StreamedUpdates, make_room, split_pieces, update_piece
 
+_Update = Future[None] | Future[torch.cuda.Event | None]
+
 
 class HostWeights:
     """The float32 weights of a transformer on the host, and the copies in the run's precision that the device gets."""
@@ -82,9 +84,6 @@ class HostWeights:
         self.stream.forget()
         for index in range(len(self.parts)):
             self.publish(index)
-
-
-_Update = Future[None] | Future[torch.cuda.Event | None]
 
 
 def updated_blocks(num_blocks: int, num_updated: int) -> set[int]:
@@ -163,14 +162,9 @@ class HostAdamW(torch.optim.Optimizer):
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
-            for *piece, average, square_average in split_pieces(weight, gradient, copy, state):
-                flat_weight, flat_gradient, flat_copy = piece
-                scaled = self._scaled[: len(flat_gradient)].copy_(flat_gradient)
-                if factor != 1.0:
-                    scaled.mul_(factor)
+            for piece in split_pieces(weight, gradient, copy, state):
                 step = state["step"].clone()
-                update_piece(flat_weight, scaled, average, square_average, step=step, rate=rate, group=self._group)
-                flat_copy.copy_(flat_weight)
+                update_piece(piece, self._scaled, step=step, rate=rate, factor=factor, group=self._group)
             state["step"] += 1
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from cogtune.models import ModelFacts
 from cogtune.parallel.footprint import Sizes, count_footprint
 from cogtune.parallel.strategy import Strategy
 from cogtune.streaming.blocks import DEFAULT_SLOTS
-from cogtune.streaming.updates import STAGING_BYTES
+from cogtune.streaming.updates import count_staging_bytes
 from cogtune.weight_codes import WeightKind
 
 GIB = 1 << 30
@@ -222,10 +222,10 @@ def predict(
     pass, when nothing else is kept yet (image-to-video). `num_block_parameters` are in each block, and `num_resident`
     of the blocks are not streamed; `num_lean` keep less, and those that keep more are offloaded first. `on_host`: all
     are trained, and the device has copies of two blocks, and the gradients of two; it updates `num_updated` of the
-    blocks. `eight_bit`: none of the trained
-    ones has a float32 copy, and the device has the gradients of one block (`num_block_trained`; default:
-    `num_block_parameters`). `ema_bytes`: an average of the trained weights. `num_more_kept`: tensors that a block keeps
-    on top of `KEPT_UNITS`. `coded`: frozen weights of each block that are kept in codes.
+    blocks. `eight_bit`: none of the trained ones has a float32 copy, and the device has the gradients of one block
+    (`num_block_trained`; default: `num_block_parameters`). `ema_bytes`: an average of the trained weights.
+    `num_more_kept`: tensors that a block keeps on top of `KEPT_UNITS`. `coded`: frozen weights of each block that are
+    kept in codes.
     """
     size = element_bytes(dtype)
     saved = 0 if coded is None else coded.saved_bytes
@@ -247,7 +247,7 @@ def predict(
         block = num_block_parameters * size
         outside = num_trainable * size - facts.num_layers * block
         weights, trainable = outside + DEFAULT_SLOTS * block, outside + GRADIENTS_AT_ONCE * block
-        trainable += STAGING_BYTES if num_updated else 0
+        trainable += count_staging_bytes(size) if num_updated else 0
         host += num_trainable * (2 * size + HOST_OPTIMIZER_BYTES)
     if eight_bit:
         weights += num_trainable * size

@@ -124,34 +124,37 @@ def predict_seconds(
     arrangement = arrange(num_layers, num_lean=plan.num_lean, num_offloaded=plan.num_offloaded)
     num_resident = 0 if plan.on_host else num_layers if plan.num_resident is None else plan.num_resident
     streamed = set(choose_streamed(num_layers, num_resident)) if num_resident < num_layers else set()
+    lean: Activations = keep_less(plan.activations) or plan.activations
+    ways: list[Activations] = [lean if number in arrangement.lean else plan.activations for number in range(num_layers)]
+    leaving = [kept_bytes(way) if number in arrangement.offloaded else 0.0 for number, way in enumerate(ways)]
     # The update on the host runs beside the forward pass, which reads it block by block.
     update = 0.0
     if plan.on_host:
-        on_host, moved = block_bytes * _UPDATE_TRAFFIC, block_bytes * _DEVICE_TRAFFIC * plan.num_updated / num_layers
-        leaving = sum(
-            kept_bytes((keep_less(plan.activations) if number in arrangement.lean else None) or plan.activations)
-            for number in arrangement.offloaded
-        )
-        both_ways = machine.link * (_BOTH_WAYS if moved else 1.0)
-        update = max(
-            on_host * (1 - plan.num_updated / num_layers) / min(machine.cores * _BYTES_A_CORE, _MOST_HOST_BYTES),
-            (moved + block_bytes) / both_ways,
-            (moved + leaving / num_layers) / both_ways,
-        )
+        share = plan.num_updated / num_layers
+        update = _update_seconds(share, machine, block_bytes=block_bytes, leaving=sum(leaving) / num_layers)
     blocks = []
-    for number in range(num_layers):
-        way = (keep_less(plan.activations) if number in arrangement.lean else None) or plan.activations
+    for number, way in enumerate(ways):
         own = times.backward_seconds(way, weight_gradients=weight_gradients)
         blocks.append(
             _Block(
                 max(times.forward_seconds() + decoding, update),
                 own + decoding * (1 + _RECOMPUTED[way][0]),
                 block_bytes / machine.link if number in streamed else 0.0,
-                kept_bytes(way) / machine.link if number in arrangement.offloaded else 0.0,
+                leaving[number] / machine.link,
             )
         )
     copying = sum(2 * (block.weights + block.leaving) for block in blocks)
     return _follow(blocks, plan.num_leaving) + _COPY_SHARE * copying
+
+
+def _update_seconds(share: float, machine: Machine, *, block_bytes: float, leaving: float) -> float:
+    """A block's part of an update that the host's cores and, for a `share` of the blocks, the device do at once.
+
+    The link brings the block's own copy meanwhile, and takes the bytes that are `leaving`, both of the mean block.
+    """
+    on_cores = block_bytes * _UPDATE_TRAFFIC * (1 - share) / min(machine.cores * _BYTES_A_CORE, _MOST_HOST_BYTES)
+    moved = block_bytes * _DEVICE_TRAFFIC * share
+    return max(on_cores, (moved + max(block_bytes, leaving)) / (machine.link * (_BOTH_WAYS if moved else 1.0)))
 
 
 def _follow(blocks: list[_Block], num_leaving: int) -> float:

@@ -17,12 +17,8 @@ from safetensors.torch import load_file, save_file
 from cogtune.cache import Cache
 from cogtune.video import write_video
 
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 TRAIN, CHECK, PREPARE, GENERATE = "train/lora.py", "data/check.py", "data/prepare.py", "scripts/generate.py"
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -14,29 +14,12 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
 from safetensors.torch import load_file, save_file
 
-from cogtune import adapter, models
 from cogtune.config import AdapterSettings
 from cogtune.formats.converting import parse_conversion
 from cogtune.formats.exporting import parse_export
 
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 CONVERT, EXPORT = "scripts/convert.py", "scripts/export.py"
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def good(run_command: Callable) -> Callable[..., str]:
-    """Runs a command that must succeed; gives what it prints."""
-
-    def call(*arguments: object) -> str:
-        outcome = run_command(*arguments)
-        assert outcome.code == 0, outcome.err
-        return outcome.out
-
-    return call
 
 
 @pytest.fixture
@@ -55,17 +38,9 @@ def bad(run_command: Callable, tmp_path: Path) -> Callable[..., str]:
 
 
 @pytest.fixture
-def trained(tiny_folder: Path, tmp_path: Path) -> Path:
+def trained(tiny_folder: Path, make_adapter: Callable[..., Path]) -> Path:
     """A folder with a trained adapter for the 5B-like pipeline."""
-    transformer = models.load_transformer(models.read_facts(tiny_folder), torch.float32)
-    adapter.add_lora(transformer, AdapterSettings(rank=3, alpha=6.0), seed=1)
-    generator = torch.Generator().manual_seed(2)
-    for name, parameter in adapter.adapter_parameters(transformer).items():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.3, generator=generator)
-    (tmp_path / "lora").mkdir()
-    adapter.save_adapter(transformer, tmp_path / "lora", trained=True)
-    return tmp_path / "lora"
+    return make_adapter(tiny_folder, AdapterSettings(rank=3, alpha=6.0))
 
 
 def sample(folder: Path | str, lora: Path | None = None) -> torch.Tensor:

@@ -9,28 +9,11 @@ import torch
 from diffusers import CogVideoXImageToVideoPipeline
 from PIL import Image
 
-from cogtune import adapter, models
 from cogtune.config import AdapterSettings
 
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 CONVERT, EXPORT = "scripts/convert.py", "scripts/export.py"
 EVERYWHERE = ["to_q", "to_k", "to_v", "to_out.0", r"patch_embed\.proj", r"ofs_embedding\.linear_[12]", "proj_out"]
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def good(run_command: Callable) -> Callable[..., str]:
-    """Runs a command that must succeed; gives what it prints."""
-
-    def call(*arguments: object) -> str:
-        outcome = run_command(*arguments)
-        assert outcome.code == 0, outcome.err
-        return outcome.out
-
-    return call
 
 
 @pytest.fixture
@@ -56,22 +39,11 @@ def sample(draw_clip: Callable[..., np.ndarray]) -> Callable[..., torch.Tensor]:
     return call
 
 
-def train(base: Path, out: Path, settings: AdapterSettings) -> Path:
-    """A folder with an adapter that has left its start."""
-    transformer = models.load_transformer(models.read_facts(base), torch.float32)
-    adapter.add_lora(transformer, settings, seed=1)
-    generator = torch.Generator().manual_seed(2)
-    for name, parameter in adapter.adapter_parameters(transformer).items():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.3, generator=generator)
-    out.mkdir()
-    adapter.save_adapter(transformer, out, trained=True)
-    return out
-
-
-def test_merged_and_extracted(good: Callable[..., str], base: Path, sample: Callable, tmp_path: Path) -> None:
+def test_merged_and_extracted(
+    good: Callable[..., str], make_adapter: Callable[..., Path], base: Path, sample: Callable, tmp_path: Path
+) -> None:
     settings = AdapterSettings(rank=3, alpha=6.0, target_modules=EVERYWHERE)
-    lora = train(base, tmp_path / "lora", settings)
+    lora = make_adapter(base, settings)
     expected = sample(base, lora)
     assert (sample(base) - expected).abs().max() > 1e-2
     good(EXPORT, "merge", base, "merged", "--lora", lora)
@@ -82,9 +54,14 @@ def test_merged_and_extracted(good: Callable[..., str], base: Path, sample: Call
 
 @pytest.mark.parametrize("scale", ["keep", "fold"])
 def test_through_sat_and_back(
-    good: Callable[..., str], base: Path, sample: Callable, tmp_path: Path, scale: str
+    good: Callable[..., str],
+    make_adapter: Callable[..., Path],
+    base: Path,
+    sample: Callable,
+    tmp_path: Path,
+    scale: str,
 ) -> None:
-    lora = train(base, tmp_path / "lora", AdapterSettings(rank=3, alpha=6.0))
+    lora = make_adapter(base, AdapterSettings(rank=3, alpha=6.0))
     alpha = {"keep": 6, "fold": 1}[scale]
     assert f"lora_alpha: {alpha}" in good(CONVERT, "to-sat", "lora", lora, "sat", "--scale", scale)
     good(CONVERT, "from-sat", "lora", "sat", "back", "--alpha", alpha, "--base", base)

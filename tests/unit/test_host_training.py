@@ -177,3 +177,12 @@ def test_state_that_is_read_stays_where_the_device_reads_it() -> None:
     for tensor in tensors:  # a buffer that goes takes the lock from its pages
         assert any(first <= tensor.data_ptr() < first + size for first, size in kept)
     assert made.keys() == state.keys()
+
+
+@pytest.mark.parametrize("dtype, element_bytes", [(torch.bfloat16, 2), (torch.float32, 4)])
+def test_the_room_for_pieces_is_what_the_plan_counts(
+    dtype: torch.dtype, element_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(updates, "PIECE", 1000)
+    rooms = [room for slot in updates.StreamedUpdates(CPU, dtype)._slots for room in (*slot.rooms, slot.scaled)]
+    assert sum(room.nbytes for room in rooms) == updates.count_staging_bytes(element_bytes)

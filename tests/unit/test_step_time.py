@@ -116,9 +116,8 @@ def test_updates_on_the_host_run_beside_the_forward_pass() -> None:
     assert follow(0, link=fast) == pytest.approx(layers * on_cores, rel=1e-3)
     assert follow(3, link=fast) == pytest.approx(layers * on_cores / 2, rel=1e-3)
     assert follow(6, link=fast) < 0.01
-    slow = (
-        30e9  # 7 bytes each way for a byte of the copy, at 0.8 of its rate, and the blocks' own copies in both passes
-    )
+    slow = 30e9
+    # 7 bytes each way for a byte of the copy, at 0.8 of the link's rate, and the blocks' own copies in both passes.
     moved, copied = block * (7 / 2 + 1) / (0.8 * slow), block / slow
     assert moved > on_cores / 2
     both = follow(3, link=slow)

@@ -52,7 +52,7 @@ def open_sharded(path: Path) -> Tensors:
     if len(weights) > 1:
         raise UserError(f"{path}: several checkpoints in it ({weights[0]}, {weights[1]}); give the folder of one")
     if weights:
-        return _plain_names((open_dcp if weights[0].is_dir() else open_torch_file)(weights[0]))
+        return _plain_names(open_dcp(weights[0]) if weights[0].is_dir() else open_torch_file(weights[0]))
     return _plain_names(open_deepspeed(*find_deepspeed(path)))
 
 

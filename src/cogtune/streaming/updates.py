@@ -14,12 +14,11 @@ from torch.optim.adamw import adamw
 PIECE = 1 << 22
 """Numbers that are updated at a time, through one buffer: a new one for each tensor costs as much as the update."""
 _NUM_SLOTS = 4
-STAGING_BYTES = _NUM_SLOTS * PIECE * 20
-"""Device memory of the pieces that are there at once: four float32 tensors, the gradient, the copy."""
 
 Piece = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """Equally long parts of a weight (float32), its gradient, the copy that the device computes with (both of the run's
 precision), and both moments (float32)."""
+_GRADIENT, _COPY = 1, 2  # places in it: the one never goes back, the other never comes
 
 
 def split_pieces(weight: Tensor, gradient: Tensor, copy: Tensor, state: dict[str, Tensor]) -> Iterator[Piece]:
@@ -33,20 +32,25 @@ def make_room(device: torch.device, dtype: torch.dtype = torch.float32) -> Tenso
     return torch.empty(PIECE, dtype=dtype, device=device)
 
 
+def count_staging_bytes(element_bytes: int) -> int:
+    """Device memory of the pieces that are there at once: four tensors in float32, two of `element_bytes`."""
+    return _NUM_SLOTS * PIECE * (16 + 2 * element_bytes)
+
+
 def update_piece(
-    weight: Tensor,
-    gradient: Tensor,
-    average: Tensor,
-    square_average: Tensor,
-    *,
-    step: Tensor,
-    rate: float,
-    group: dict[str, Any],
+    piece: Piece, room: Tensor, *, step: Tensor, rate: float, factor: float, group: dict[str, Any]
 ) -> None:
-    """One fused AdamW update in place, all in float32 on one device; `step` is counted up."""
+    """One fused AdamW update in place, in float32, and the copy rounded from it; all on one device.
+
+    `room` takes the gradient in float32, times `factor`; `step` is counted up.
+    """
+    weight, gradient, copy, average, square_average = piece
+    scaled = room[: len(gradient)].copy_(gradient)
+    if factor != 1.0:
+        scaled.mul_(factor)
     adamw(
         [weight],
-        [gradient],
+        [scaled],
         [average],
         [square_average],
         [],
@@ -60,14 +64,16 @@ def update_piece(
         eps=group["eps"],
         maximize=False,
     )
+    copy.copy_(weight)
 
 
 class _Slot:
-    """Room on the device for one piece."""
+    """Room on the device for one piece, and for its gradient in float32."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.weight, self.scaled, self.average, self.square_average = (make_room(device) for _ in range(4))
-        self.gradient, self.copy = (make_room(device, dtype) for _ in range(2))
+        weight, average, square_average, self.scaled = (make_room(device) for _ in range(4))
+        gradient, copy = (make_room(device, dtype) for _ in range(2))
+        self.rooms = (weight, gradient, copy, average, square_average)
         self.step = torch.zeros((), dtype=torch.float32, device=device)
         self.left: torch.cuda.Event | None = None
 
@@ -77,7 +83,6 @@ class StreamedUpdates:
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         """`dtype`: of gradients and copies."""
-        self.device = device
         self._slots = [_Slot(device, dtype) for _ in range(_NUM_SLOTS)]
         self._next = 0
         on_gpu = device.type == "cuda"
@@ -107,30 +112,26 @@ class StreamedUpdates:
     def _update_piece(self, piece: Piece, step: float, *, rate: float, factor: float, group: dict[str, Any]) -> None:
         slot = self._slots[self._next]
         self._next = (self._next + 1) % len(self._slots)
-        size = len(piece[0])
-        weight, gradient, copy, average, square_average, scaled = (
-            room[:size]
-            for room in (slot.weight, slot.gradient, slot.copy, slot.average, slot.square_average, slot.scaled)
-        )
+        there: Any = tuple(room[: len(piece[0])] for room in slot.rooms)
         with torch.cuda.stream(self._arriving):
             if self._arriving is not None and slot.left is not None:
                 self._arriving.wait_event(slot.left)
-            for there, here in zip((weight, gradient, average, square_average), (*piece[:2], *piece[3:]), strict=True):
-                there.copy_(here, non_blocking=True)
+            _copy_all(piece, there, but=_COPY)
         with torch.cuda.stream(self._computing):
             if self._computing is not None and self._arriving is not None:
                 self._computing.wait_stream(self._arriving)
-            scaled.copy_(gradient)
-            if factor != 1.0:
-                scaled.mul_(factor)
             slot.step.fill_(step)
-            update_piece(weight, scaled, average, square_average, step=slot.step, rate=rate, group=group)
-            copy.copy_(weight)
+            update_piece(there, slot.scaled, step=slot.step, rate=rate, factor=factor, group=group)
         with torch.cuda.stream(self._leaving):
             if self._leaving is not None and self._computing is not None:
                 self._leaving.wait_stream(self._computing)
-            for there, here in zip((piece[0], *piece[2:]), (weight, copy, average, square_average), strict=True):
-                there.copy_(here, non_blocking=True)
+            _copy_all(there, piece, but=_GRADIENT)
             if self._leaving is not None:
                 slot.left = torch.cuda.Event()
                 slot.left.record(self._leaving)
+
+
+def _copy_all(sources: Piece, targets: Piece, *, but: int) -> None:
+    for number, (source, target) in enumerate(zip(sources, targets, strict=True)):
+        if number != but:
+            target.copy_(source, non_blocking=True)
