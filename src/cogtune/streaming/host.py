@@ -3,6 +3,7 @@
 PyTorch's own page-locked allocator rounds up to powers of two: a block of 264 MB would take 512.
 """
 
+import contextlib
 import mmap
 import os
 import weakref
@@ -45,6 +46,9 @@ def take_unforked(num_bytes: int) -> Tensor:
     pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_DONTFORK"):  # Linux
         pages.madvise(mmap.MADV_DONTFORK)
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # fewer pages to take, to lock and to look up
+        with contextlib.suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8)
 
 

@@ -86,8 +86,10 @@ class StreamedUpdates:
         self._slots = [_Slot(device, dtype) for _ in range(_NUM_SLOTS)]
         self._next = 0
         on_gpu = device.type == "cuda"
+        # A long kernel of the forward pass leaves no multiprocessor free: pieces would wait behind it, the link idle.
+        priorities = (0, -1, 0)
         self._arriving, self._computing, self._leaving = (
-            torch.cuda.Stream(device) if on_gpu else None for _ in range(3)
+            torch.cuda.Stream(device, priority=priority) if on_gpu else None for priority in priorities
         )
         self._queued: list[torch.cuda.Event] = []
 
