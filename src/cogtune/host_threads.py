@@ -8,15 +8,28 @@ process: a loader with page-locked batches sets 1 in a thread of its own, and la
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 
 from cogtune.launch import read_launch
 
+_CORES_OF_CONTAINER = Path("/sys/fs/cgroup/cpu.max")
+
 
 def available_cores() -> int:
-    """Cores of the node that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores of the node that this process may use, a container's limit respected."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, _container_cores() or cores)
+
+
+def _container_cores() -> int | None:
+    """Whole cores that a control group (version 2) gives, at least one; None without a limit."""
+    try:
+        quota, period = _CORES_OF_CONTAINER.read_text(encoding="ascii").split()
+        return max(1, int(quota) // int(period))
+    except (OSError, ValueError):  # "max": no limit
+        return None
 
 
 def count_cores() -> int:
