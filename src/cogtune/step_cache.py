@@ -1,9 +1,12 @@
 """Skips work that changes little from one sampling step to the next. Each way changes the video; none is on unasked.
 
 first-block   The first block always runs. Where it changes the tokens nearly as at the last step that ran in full, the
-              change that all other blocks made there is added instead of running them.
+              change that all other blocks would make is added instead of running them.
 guidance      The half without the prompt runs on every n-th step only; in between, its distance to the half with the
-              prompt is taken from the last step that ran both.
+              prompt is added.
+
+What is added goes on as a line from what it was at the last two steps that ran in full (as TaylorSeer does in its first
+order, arXiv:2503.06923): nearer than what it was at the last one (docs/benchmarks.md), for one tensor more.
 
 The first and last steps of a video always run in full. `kinds` says afterwards what each step did.
 """
@@ -50,6 +53,29 @@ def make_settings(
     )
 
 
+class _Trend:
+    """A tensor that changes slowly and is known at some steps; after the last two it goes on as a line."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[int, Tensor]] = []
+
+    def add(self, step: int, value: Tensor) -> None:
+        """The tensor [B, N, C] at a step."""
+        self._known = [*self._known, (step, value)][-2:]
+
+    def __bool__(self) -> bool:
+        return bool(self._known)
+
+    def at(self, step: int, size: int) -> Tensor:
+        """What it may be at a later step, for the last `size` samples."""
+        (second, value), *earlier = reversed(self._known)
+        value = value[-size:]
+        if not earlier or len(earlier[0][1]) < size:
+            return value
+        first, before = earlier[0]
+        return torch.lerp(before[-size:], value, (step - first) / (second - first))  # a weight above 1
+
+
 class StepCache:
     """What one video's steps keep for the next ones. The two halves of guidance are one batch: without, with prompt."""
 
@@ -68,8 +94,8 @@ class StepCache:
 
     def _clear(self) -> None:
         self._head: Tensor | None = None  # the first block's change at the last step that ran in full
-        self._tail: Tensor | None = None  # the other blocks' change there
-        self._guidance: Tensor | None = None  # [1, N, C], half without the prompt minus half with it
+        self._tail = _Trend()  # the other blocks' change there
+        self._guidance = _Trend()  # [1, N, C], half without the prompt minus half with it
 
     def describe(self) -> str:
         """How many steps did what: `50 steps: 30 full, 20 first block`."""
@@ -89,24 +115,23 @@ class StepCache:
         change = head - joint
         skipped = free and self._may_skip(change)
         if skipped:
-            assert self._tail is not None
-            output = head + self._tail[-len(head) :]
+            output = head + self._tail.at(step, len(head))
         else:
             output = run(1, None, head, temb)
             if self.settings.threshold is not None:
-                self._head, self._tail = change, output - head
+                self._head = change
+                self._tail.add(step, output - head)
         self.kinds.append(_name(skipped=skipped, halved=halved))
         if halved:
-            assert self._guidance is not None
-            return torch.cat([output + self._guidance, output])
+            return torch.cat([output + self._guidance.at(step, 1), output])
         if len(output) == 2 and self.settings.guidance_interval > 1:
-            self._guidance = output[:1] - output[1:]
+            self._guidance.add(step, output[:1] - output[1:])
         return output
 
     def _may_halve(self, step: int, joint: Tensor) -> bool:
         interval = self.settings.guidance_interval
         phase = (step - self.settings.num_first_steps + 1) % interval
-        return interval > 1 and len(joint) == 2 and self._guidance is not None and phase != 0
+        return interval > 1 and len(joint) == 2 and bool(self._guidance) and phase != 0
 
     def _may_skip(self, change: Tensor) -> bool:
         if self.settings.threshold is None or self._head is None or len(self._head) < len(change):

@@ -1,10 +1,12 @@
 """What a step cache skips, and what it puts in its place."""
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor
 
-from cogtune.step_cache import CacheSettings, StepCache, make_settings
+from cogtune.step_cache import CacheSettings, StepCache, _Trend, make_settings
 
 
 class Blocks:
@@ -77,6 +79,30 @@ def test_both_ways_together() -> None:
     assert set(cache.kinds[4:10]) >= {"first block of one half"}
     for output in outputs:
         torch.testing.assert_close(output[:, 0, 0], torch.tensor([6.0, 3.0]))
+
+
+@pytest.mark.parametrize("name", ["first-block", "guidance"])
+def test_what_is_added_goes_on_as_a_line(name: Literal["first-block", "guidance"]) -> None:
+    """Whatever the distance of the steps that ran in full: what changes evenly comes out exactly."""
+    settings = make_settings(name, threshold=9.0, guidance_interval=3, max_skipped=2)
+    assert settings is not None
+    cache, blocks = StepCache(settings), Blocks()
+    cache.start(16)
+    for step in range(16):
+        blocks.amount = 1 + step / 8
+        output = run(cache, blocks, 0.0)
+        torch.testing.assert_close(output[:, 0, 0], blocks.amount * torch.tensor([6.0, 3.0]))
+    assert len(set(cache.kinds)) == 2 and cache.kinds.count("full") == 9
+
+
+def test_a_half_that_was_not_there_before_is_added_as_it_was_last() -> None:
+    """Where one of the two last steps in full ran one half only, there is no line for both."""
+    trend = _Trend()
+    assert not trend
+    trend.add(3, torch.full((1, 2, 2), 1.0))
+    trend.add(4, torch.full((2, 2, 2), 3.0))
+    torch.testing.assert_close(trend.at(6, 2), torch.full((2, 2, 2), 3.0))
+    torch.testing.assert_close(trend.at(6, 1), torch.full((1, 2, 2), 7.0))
 
 
 def test_a_video_must_be_started() -> None:
