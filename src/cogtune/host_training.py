@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from cogtune.config import OptimizerSettings
-from cogtune.host_threads import start_computing_thread
+from cogtune.host_threads import share_interpreter, start_computing_thread
 from cogtune.streaming.blocks import BlockStream, all_tensors, choose_streamed, stream_blocks
 from cogtune.streaming.gradients import GradientStream
-from cogtune.streaming.host import HostBuffer
-from cogtune.streaming.updates import StreamedUpdates, make_room, split_pieces, update_piece
+from cogtune.streaming.host import HostBuffer, Layout
+from cogtune.streaming.updates import Piece, StreamedUpdates, make_room, split_pieces, update_piece
 
 _Update = Future[None] | Future[torch.cuda.Event | None]
 
@@ -42,8 +42,7 @@ class HostWeights:
         """The page-locked memory of those blocks' weights and moments: pages are unlocked when a buffer goes."""
         self.moments: dict[str, tuple[Tensor, Tensor]] = {}
         """Zeros in page-locked memory for both moments of those blocks' weights."""
-        for index in self.updated:
-            self._lock_pages(f"transformer_blocks.{index}.")
+        self._flat: dict[int, list[Tensor]] = {}
         transformer.to(dtype).requires_grad_(True)
         self.stream: BlockStream = stream_blocks(
             transformer, "transformer_blocks", device, num_resident=0, select=all_tensors
@@ -53,25 +52,32 @@ class HostWeights:
         inside = {id(parameter) for part in parts for parameter in part}
         parts.append([p for p in transformer.parameters() if id(p) not in inside])
         names = {id(p): name for name, p in transformer.named_parameters()}
+        layouts = [flat.layout(part) for flat, part in zip(self.stream.flat, parts, strict=False)]
+        for index in sorted(self.updated):
+            self._lock_pages(index, [names[id(p)] for p in parts[index]], layouts[index])
         self.parts = [[self.parameters[names[id(p)]] for p in part] for part in parts]
         """The float32 weights by block, and last those outside of the blocks."""
         on_host = [[flat.on_host[id(p)] for p in part] for flat, part in zip(self.stream.flat, parts, strict=False)]
         self.copies: list[list[Tensor]] = [*on_host, list(parts[-1])]
         """The same weights in the run's precision, on the host or, outside of the blocks, on the device."""
-        self.gradients = GradientStream(parts, device)
+        self.gradients = GradientStream(parts, [*layouts, Layout.packed(parts[-1])], device)
 
-    def _lock_pages(self, prefix: str) -> None:
-        """Moves a block's weights to page-locked memory, where it makes room for their moments as well."""
-        names = [name for name in self.parameters if name.startswith(prefix)]
-        sizes = [4 * self.parameters[name].numel() for name in names]
-        buffers = [HostBuffer(sum(sizes), page_locked=self.device.type == "cuda") for _ in range(3)]
+    def _lock_pages(self, index: int, names: list[str], layout: Layout) -> None:
+        """Moves a block's weights to page-locked memory, laid out as its copies are, and makes room for the moments."""
+        page_locked = self.device.type == "cuda"
+        buffers = [HostBuffer(4 * layout.size, page_locked=page_locked) for _ in range(3)]
         self.locked += buffers
-        weights, averages, squares = (buffer.bytes.split(sizes) for buffer in buffers)
-        for name, *pieces in zip(names, weights, averages, squares, strict=True):
-            parameter = self.parameters[name]
-            weight, average, square = (piece.view(torch.float32).view(parameter.shape) for piece in pieces)
-            self.parameters[name] = nn.Parameter(weight.copy_(parameter.detach()))
-            self.moments[name] = (average.zero_(), square.zero_())
+        self._flat[index] = [buffer.bytes.zero_().view(torch.float32) for buffer in buffers]
+        for name, weight, average, square in zip(names, *map(layout.views, self._flat[index]), strict=True):
+            self.parameters[name] = nn.Parameter(weight.copy_(self.parameters[name].detach()))
+            self.moments[name] = (average, square)
+
+    def split(self, index: int) -> list[Piece]:
+        """A block that the device updates, in pieces that go across its tensors."""
+        weight, average, square = self._flat[index]
+        copy = self.stream.flat[index].host.bytes.view(self.dtype)
+        state = {"exp_avg": average, "exp_avg_sq": square}
+        return list(split_pieces(weight, self.gradients.flat(index), copy, state))
 
     @torch.no_grad()
     def publish(self, index: int) -> None:
@@ -107,6 +113,8 @@ class HostAdamW(torch.optim.Optimizer):
         self._thread = start_computing_thread("optimizer")
         self._updates: list[_Update] = []
         self._on_device: StreamedUpdates | None = None
+        self._pieces: dict[int, list[Piece]] = {}
+        share_interpreter()
         if weights.updated:
             self._on_device = StreamedUpdates(weights.device, weights.dtype)
             self._device_thread = _start_device_thread(weights.device)
@@ -171,15 +179,15 @@ class HostAdamW(torch.optim.Optimizer):
     def _update_on_device(self, index: int, rate: float, factor: float) -> torch.cuda.Event | None:
         """Queues a part's update there; the event says when it is back."""
         assert self._on_device is not None
-        gradients = self._weights.gradients.wait(index)
-        pieces = []
-        for weight, gradient, copy in zip(
-            self._weights.parts[index], gradients, self._weights.copies[index], strict=True
-        ):
-            state = self.state[weight]
-            pieces += [(piece, state["step"].item()) for piece in split_pieces(weight.detach(), gradient, copy, state)]
-            state["step"] += 1
-        return self._on_device.update(pieces, rate=rate, factor=factor, group=self._group)
+        self._weights.gradients.wait(index)
+        if index not in self._pieces:  # the same memory in every step
+            self._pieces[index] = self._weights.split(index)
+        steps = [self.state[weight]["step"] for weight in self._weights.parts[index]]
+        done = steps[0].item()
+        assert all(step.item() == done for step in steps), "weights of one block have seen different numbers of steps"
+        for step in steps:
+            step += 1
+        return self._on_device.update(self._pieces[index], step=done, rate=rate, factor=factor, group=self._group)
 
     @property
     def _group(self) -> dict[str, Any]:

@@ -36,11 +36,9 @@ def test_they_equal_adamw_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None
         for step in range(STEPS):
             gradients = [lock(torch.randn(size, generator=random).bfloat16(), kept) for size in SIZES]
             pieces = [
-                (piece, float(step))
-                for whole in zip(weights, gradients, copies, state, strict=True)
-                for piece in split_pieces(*whole)
+                piece for whole in zip(weights, gradients, copies, state, strict=True) for piece in split_pieces(*whole)
             ]
-            done = streamed.update(pieces, rate=RATE, factor=FACTOR, group=GROUP)
+            done = streamed.update(pieces, step=float(step), rate=RATE, factor=FACTOR, group=GROUP)
             assert done is not None
             done.synchronize()
             for parameter, gradient in zip(expected, gradients, strict=True):

@@ -179,6 +179,30 @@ def test_state_that_is_read_stays_where_the_device_reads_it() -> None:
     assert made.keys() == state.keys()
 
 
+def test_pieces_go_across_a_block_s_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that small tensors cost no pieces of their own; all five ranges are laid out alike."""
+    monkeypatch.setattr(updates, "PIECE", 1000)
+    transformer, weights = make("recompute", on_host=True, dtype=torch.bfloat16, updated=1)
+    (index,) = weights.updated
+    with torch.no_grad():
+        for parameter in weights.parts[index]:
+            parameter.uniform_()
+    weights.publish(index)
+    backward(transformer, 0)
+    weights.gradients.finish()
+    pieces = weights.split(index)
+    size = sum(len(piece[0]) for piece in pieces)
+    own = sum(p.numel() for p in weights.parts[index])
+    assert own <= size < own + 128 * len(weights.parts[index]) and len(pieces) == -(-size // 1000)
+    whole = [torch.cat([piece[number] for piece in pieces]) for number in range(3)]
+    gradients = weights.gradients.wait(index)
+    assert all(gradient.any() for gradient in gradients)
+    layout = weights.stream.flat[index].layout(list(transformer.transformer_blocks[index].parameters()))
+    for flat, wanted in zip(whole, (weights.parts[index], gradients, weights.copies[index]), strict=True):
+        for view, tensor in zip(layout.views(flat), wanted, strict=True):
+            assert torch.equal(view, tensor)
+
+
 @pytest.mark.parametrize("dtype, element_bytes", [(torch.bfloat16, 2), (torch.float32, 4)])
 def test_the_room_for_pieces_is_what_the_plan_counts(
     dtype: torch.dtype, element_bytes: int, monkeypatch: pytest.MonkeyPatch

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cogtune.streaming.host import HostBuffer
+from cogtune.streaming.host import HostBuffer, Layout
 
 Order = Literal["training forward", "training backward", "inference"]
 DEFAULT_SLOTS = 2
@@ -89,6 +89,13 @@ class FlatBlock:
                 place.tensor.data = on_device
         self.is_loaded = True
         self.release()
+
+    def layout(self, tensors: Sequence[Tensor]) -> Layout:
+        """Where these tensors of the block, all of one type, lie in its range; in numbers, not bytes."""
+        views = [self.on_host[id(tensor)] for tensor in tensors]
+        assert all(view.is_contiguous() and view.dtype == views[0].dtype for view in views)
+        offsets = tuple(int(view.storage_offset()) for view in views)
+        return Layout(offsets, tuple(view.shape for view in views), self.num_bytes // views[0].dtype.itemsize)
 
     @staticmethod
     def _view(whole: Tensor, place: _Place) -> Tensor:

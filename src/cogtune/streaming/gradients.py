@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cogtune.streaming.host import HostBuffer
+from cogtune.streaming.host import HostBuffer, Layout
 
 
 @dataclass
@@ -14,6 +14,7 @@ class _Part:
     """The trained parameters that leave together."""
 
     parameters: list[nn.Parameter]
+    flat: Tensor
     on_host: list[Tensor]
     left: torch.cuda.Event | None = None
 
@@ -24,20 +25,21 @@ class GradientStream:
     The last part holds what is outside of the blocks; its gradients leave in `finish`.
     """
 
-    def __init__(self, parts: Sequence[list[nn.Parameter]], device: torch.device) -> None:
+    def __init__(self, parts: Sequence[list[nn.Parameter]], layouts: Sequence[Layout], device: torch.device) -> None:
+        """`layouts`: where each part's gradients lie on the host."""
         self.device = device
         self._leaving = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._buffers: list[HostBuffer] = []
-        self.parts = [_Part(parameters, self._allocate(parameters)) for parameters in parts]
+        self.parts = [self._make_part(*part) for part in zip(parts, layouts, strict=True)]
         self._on_the_way: tuple[list[Tensor], torch.cuda.Event | None] = ([], None)
         self._squares: list[Tensor] = []
 
-    def _allocate(self, parameters: list[nn.Parameter]) -> list[Tensor]:
-        sizes = [p.numel() * p.element_size() for p in parameters]
-        buffer = HostBuffer(sum(sizes), page_locked=self._leaving is not None)
+    def _make_part(self, parameters: list[nn.Parameter], layout: Layout) -> _Part:
+        dtype = parameters[0].dtype
+        buffer = HostBuffer(layout.size * dtype.itemsize, page_locked=self._leaving is not None)
         self._buffers.append(buffer)
-        pieces = buffer.bytes.split(sizes)
-        return [piece.view(p.dtype).view(p.shape) for piece, p in zip(pieces, parameters, strict=True)]
+        flat = buffer.bytes.zero_().view(dtype)
+        return _Part(parameters, flat, layout.views(flat))
 
     def send(self, index: int) -> None:
         """A part's gradients leave; the parameters have none afterwards."""
@@ -78,3 +80,7 @@ class GradientStream:
         if part.left is not None:
             part.left.synchronize()
         return part.on_host
+
+    def flat(self, index: int) -> Tensor:
+        """The range of host memory in which a part's gradients lie; zeros between them."""
+        return self.parts[index].flat

@@ -7,6 +7,8 @@ import contextlib
 import mmap
 import os
 import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,6 +37,30 @@ class HostBuffer:
                 )
             # Called before the tensor goes; at the process's end the driver does it.
             weakref.finalize(self, runtime.cudaHostUnregister, address).atexit = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where tensors of one type lie in a range: the first number of each, their shapes, and the range's size."""
+
+    offsets: tuple[int, ...]
+    shapes: tuple[torch.Size, ...]
+    size: int
+
+    @classmethod
+    def packed(cls, tensors: Sequence[Tensor]) -> "Layout":
+        """One after another without gaps."""
+        ends = [0]
+        for tensor in tensors:
+            ends.append(ends[-1] + tensor.numel())
+        return cls(tuple(ends[:-1]), tuple(tensor.shape for tensor in tensors), ends[-1])
+
+    def views(self, whole: Tensor) -> list[Tensor]:
+        """The tensors in a range of `size` numbers."""
+        return [
+            whole[offset : offset + shape.numel()].view(shape)
+            for offset, shape in zip(self.offsets, self.shapes, strict=True)
+        ]
 
 
 def take_unforked(num_bytes: int) -> Tensor:

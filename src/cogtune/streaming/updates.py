@@ -22,7 +22,7 @@ _GRADIENT, _COPY = 1, 2  # places in it: the one never goes back, the other neve
 
 
 def split_pieces(weight: Tensor, gradient: Tensor, copy: Tensor, state: dict[str, Tensor]) -> Iterator[Piece]:
-    """The pieces of one weight, each of at most `PIECE` numbers."""
+    """The pieces of one weight, or of a range of weights, each of at most `PIECE` numbers."""
     whole = (weight, gradient, copy, state["exp_avg"], state["exp_avg_sq"])
     yield from zip(*(tensor.view(-1).split(PIECE) for tensor in whole), strict=True)
 
@@ -94,15 +94,15 @@ class StreamedUpdates:
         self._queued: list[torch.cuda.Event] = []
 
     def update(
-        self, pieces: Sequence[tuple[Piece, float]], *, rate: float, factor: float, group: dict[str, Any]
+        self, pieces: Sequence[Piece], *, step: float, rate: float, factor: float, group: dict[str, Any]
     ) -> torch.cuda.Event | None:
-        """Queues the update of pieces, each with its number of steps so far; the event says when they are back.
+        """Queues the update of pieces that have seen `step` steps so far; the event says when they are back.
 
         `factor` is what gradients are multiplied by. No more than two calls' work is queued at a time.
         """
         while len(self._queued) > 1:
             self._queued.pop(0).synchronize()
-        for piece, step in pieces:
+        for piece in pieces:
             self._update_piece(piece, step, rate=rate, factor=factor, group=group)
         if self._leaving is None:
             return None
