@@ -137,10 +137,18 @@ def linear_names(transformer: torch.nn.Module) -> list[str]:
     return [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
 
 
-def make_lora_config(settings: AdapterSettings) -> LoraConfig:
-    """PEFT's config for the settings."""
+def make_lora_config(settings: AdapterSettings, transformer: torch.nn.Module) -> LoraConfig:
+    """PEFT's config for the settings and a model; raises `UserError` where a target matches no linear layer.
+
+    PEFT refuses expressions that match other modules too, such as whole blocks: it gets the layers' own names then.
+    """
+    matched = match_targets(linear_names(transformer), settings.target_modules)
     plain = all(re.escape(p).replace(r"\.", ".") == p for p in settings.target_modules)
-    targets = list(settings.target_modules) if plain else "|".join(_as_regex(p) for p in settings.target_modules)
+    targets: list[str] | str = list(settings.target_modules)
+    if not plain:
+        targets = "|".join(_as_regex(p) for p in settings.target_modules)
+        if sum(re.fullmatch(targets, name) is not None for name, _ in transformer.named_modules()) > len(matched):
+            targets = matched
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha if settings.alpha is not None else settings.rank,  # pyright: ignore[reportArgumentType]
@@ -159,10 +167,10 @@ def add_lora(transformer: CogVideoXTransformer3DModel, settings: AdapterSettings
 
     Raises `UserError` where a target matches nothing.
     """
-    match_targets(linear_names(transformer), settings.target_modules)
+    config = make_lora_config(settings, transformer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        transformer.add_adapter(make_lora_config(settings), ADAPTER_NAME)
+        transformer.add_adapter(config, ADAPTER_NAME)
     for name, parameter in transformer.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if parameter.requires_grad:

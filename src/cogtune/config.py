@@ -148,6 +148,11 @@ class TrainSettings(Section):
     themselves; auto: base for LoRA."""
     prior_weight: Annotated[float, Field(gt=0)] = 1.0
     """Factor of the loss of clips marked `prior`; predictions have no noise, so they bear a large one."""
+    prior_penalty: Annotated[float, Field(gt=0)] | None = None
+    """Penalty on the mean square of what the adapter changes in predictions for clips marked `prior`, from second-order
+    statistics of the base model that are taken at the start (docs/embedded.md); null: none. LoRA on one GPU or DDP."""
+    prior_penalty_samples: Positive = 64
+    """Samples of prior clips from which those statistics are taken; each costs a forward and a backward pass, once."""
     min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
     """Min-SNR loss weights with this gamma (arXiv:2303.09556); null: plain v-prediction loss."""
     compile: Literal["auto", "on", "off"] = "auto"

@@ -166,6 +166,16 @@ class TrainingSet(Dataset[Batch]):
             image=self._draw_image(entry, position, (mean.shape[0], *mean.shape[2:])),
         )
 
+    def prior_positions(self, count: int) -> list[int]:
+        """The first global positions at which clips marked `prior` stand; there must be such clips."""
+        found: list[int] = []
+        position = 0
+        while len(found) < count:
+            if self._entries[self.order.clip_at(position)].clip.prior:
+                found.append(position)
+            position += 1
+        return found
+
     def _draw_image(self, entry: Entry, position: int, latent_shape: tuple[int, ...]) -> ImageCondition | None:
         if entry.image_key is None:
             return None

@@ -203,6 +203,7 @@ def predict(
     num_block_trained: int | None = None,
     ema_bytes: int = 0,
     ema_on_host: bool = False,
+    penalty_bytes: int = 0,
     full: bool = False,
     num_resident: int | None = None,
     num_offloaded: int = 0,
@@ -224,6 +225,7 @@ def predict(
     are trained, and the device has copies of two blocks, and the gradients of two; it updates `num_updated` of the
     blocks. `eight_bit`: none of the trained ones has a float32 copy, and the device has the gradients of one block
     (`num_block_trained`; default: `num_block_parameters`). `ema_bytes`: an average of the trained weights.
+    `penalty_bytes`: what a penalty on the adapter keeps.
     `num_more_kept`: tensors that a block keeps on top of `KEPT_UNITS`. `coded`: frozen weights of each block that are
     kept in codes.
     """
@@ -263,7 +265,7 @@ def predict(
         away = strategy.offload_optimizer or (full and strategy.is_fsdp and strategy.offload_weights)
         if away and not ema_on_host:
             host, ema_bytes = host + ema_bytes, 0
-    trainable += 0 if ema_on_host else ema_bytes
+    trainable += penalty_bytes + (0 if ema_on_host else ema_bytes)
     host += ema_bytes + EMA_STAGING_BYTES if ema_on_host else 0
     encoding = int(ENCODER_UNITS * batch_size * image_pixels * ENCODER_CHANNELS * size) if num_encoder else 0
     decoded = 0 if coded is None else coded.num_largest * coded.size

@@ -35,6 +35,7 @@ from cogtune.optimizer_ways import check_optimizer, list_optimizer_ways
 from cogtune.parallel.compatibility import check_strategy
 from cogtune.parallel.shared_samples import check_context, kept_by_exchange
 from cogtune.parallel.strategy import Strategy, read_strategy
+from cogtune.prior_penalty import check_prior_penalty, count_factor_bytes
 from cogtune.quantized_ways import check_quantized_base, list_base_ways
 from cogtune.recorded_pass import check_cuda_graph
 from cogtune.shards.plan import count_saved_bytes, decide_asynchronous
@@ -118,7 +119,9 @@ class TrainingPlan(DataPlan):
         }
         if num_prior := sum(clip.prior for clip in self.train_clips):
             target = "the base model's predictions" if self.hold_prior else "themselves"
-            rows["prior"] = f"{num_prior} of the clips, trained towards {target}"
+            penalty = config.train.prior_penalty
+            beside = "" if penalty is None else f"; a penalty of {penalty:g} on what the adapter changes there"
+            rows["prior"] = f"{num_prior} of the clips, trained towards {target}{beside}"
         if rare := self._describe_rare_formats(samples / epoch):
             rows["rare"] = rare
         if facts.takes_image:
@@ -277,6 +280,7 @@ def _add_training(
         frozen_in_block=frozen_in_block,
     )
     memory = choose_rung(rungs, config.memory, free, free_host)
+    check_prior_penalty(config, strategy, memory, data.train_clips, full=full)
     compiled = {"on": True, "off": False, "auto": data.device.type == "cuda"}[config.train.compile]
     has_ema = config.train.ema_decay is not None
     saved_bytes = count_saved_bytes(num_trainable, eight_bit=memory.eight_bit, has_ema=has_ema)
@@ -345,7 +349,8 @@ def list_training_rungs(
         )
     if config.train.cuda_graph or divided:
         settings = settings.model_copy(update={"offloaded_blocks": 0})
-    block = models.make_meta_transformer(facts).transformer_blocks[0]
+    meta = models.make_meta_transformer(facts)
+    block = meta.transformer_blocks[0]
     num_block = sum(p.numel() for p in block.parameters())
     sharing = config.train.context_parallel
     times = BlockTimes.of(facts, tokens, batch_size, machine, num_ranks=sharing)
@@ -379,6 +384,7 @@ def list_training_rungs(
         num_block_trained=min(num_block, num_trainable),
         ema_bytes=EMA_BYTES * num_trainable if config.train.ema_decay is not None else 0,
         ema_on_host=config.train.ema_on_host,
+        penalty_bytes=count_factor_bytes(meta, config) if config.train.prior_penalty and not full else 0,
         full=full,
         strategy=strategy,
         num_more_kept=num_more_kept,

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from cogtune.cluster.stopping import StopRequest, follow_the_launcher
 from cogtune.cluster.whereabouts import enter
 from cogtune.config import RunConfig
 from cogtune.data_plan import DataPlan
-from cogtune.dataset import Batch, PositionSampler, TrainingSet, make_loader
+from cogtune.dataset import Batch, PositionSampler, TrainingSet, join_samples, make_loader
 from cogtune.denoiser import Denoiser
 from cogtune.draws import derive_seed
 from cogtune.ema import Ema
@@ -39,6 +40,7 @@ from cogtune.parallel.shared_samples import SharedSample, share_samples, teams_o
 from cogtune.parallel.strategy import settings_of_our_own
 from cogtune.plan import TrainingPlan
 from cogtune.preparation import EncodedData
+from cogtune.prior_penalty import PriorPenalty, collect_factors
 from cogtune.report import write_report
 from cogtune.run_identity import free_settings, refuse_differences
 from cogtune.saving import Saver, Store, WholeSaver, read_final_weights
@@ -143,6 +145,19 @@ class Run:
         set_seed(config.train.seed)
         transformer, memory = trained.transformer, plan.memory
         place_transformer(plan, trained, accelerator.device)
+        denoiser = Denoiser(
+            plan.facts,
+            device=accelerator.device,
+            dtype=plan.dtype,
+            min_snr_gamma=config.train.min_snr_gamma,
+            autocast=plan.autocast,
+            base=trained.base if plan.hold_prior else None,
+            ask_base=self._when_to_ask_base(),
+            image_encoder=load_image_encoder(plan.facts, plan.dtype, accelerator.device)
+            if plan.facts.takes_image
+            else None,
+        )
+        penalty = self._measure_penalty(trained, denoiser)
         shared = share_samples(config, plan.facts.num_heads, self.teams)
         backend = self._choose_attention(transformer, shared)
         mesh = divide_transformer(plan, trained, accelerator.device)
@@ -164,18 +179,6 @@ class Run:
         allow_shapes(len({clip.form for clip in [*plan.train_clips, *plan.validation_clips]}))
         engine = make_engine(accelerator, plan, trained, mesh)
         self._store = engine.store
-        denoiser = Denoiser(
-            plan.facts,
-            device=accelerator.device,
-            dtype=plan.dtype,
-            min_snr_gamma=config.train.min_snr_gamma,
-            autocast=plan.autocast,
-            base=trained.base if plan.hold_prior else None,
-            ask_base=self._when_to_ask_base(),
-            image_encoder=load_image_encoder(plan.facts, plan.dtype, accelerator.device)
-            if plan.facts.takes_image
-            else None,
-        )
         first_step = checkpoint.step if checkpoint else 0
         tracking = config.tracking
         with MetricsLog(
@@ -214,6 +217,7 @@ class Run:
                 validate=validate,
                 identity=self.identity,
                 ema=self._ema,
+                penalty=penalty,
                 stop=stop,
             )
             if checkpoint is not None:
@@ -223,6 +227,32 @@ class Run:
             own = self.checkpoints.place(trainer.step)
             self._newest = own if checkpoint is None or own.is_dir() else checkpoint.folder
         return finished
+
+    def _measure_penalty(self, trained: Trained, denoiser: Denoiser) -> PriorPenalty | None:
+        """What `train.prior_penalty` needs to know of the base model: the same on every process."""
+        train, transformer = self.config.train, trained.transformer
+        if train.prior_penalty is None:
+            return None
+        assert trained.base is not None, "the plan has seen to it that there is a base model to ask"
+        started = time.perf_counter()
+        dataset, teams = self._make_dataset(), self.teams
+        positions = dataset.prior_positions(max(train.prior_penalty_samples, teams.num_teams))[
+            teams.team :: teams.num_teams
+        ]
+        size = train.batch_size if len(self.plan.formats) == 1 else 1
+        chunks = [positions[i : i + size] for i in range(0, len(positions), size)]
+        device = self.accelerator.device
+        factors = collect_factors(
+            transformer,
+            (join_samples([dataset[p] for p in chunk]).to(device) for chunk in chunks),
+            denoiser,
+            base=trained.base,
+            seed=train.seed,
+            add_up=torch.distributed.all_reduce if teams.num_teams > 1 else None,
+        )
+        seconds = time.perf_counter() - started
+        self.accelerator.print(f"penalty     from {len(positions) * teams.num_teams} prior samples, in {seconds:.1f} s")
+        return PriorPenalty(transformer, factors, train.prior_penalty)
 
     def _make_saver(self, trained: Trained, engine: Engine) -> Saver:
         if trained.files is not None:
@@ -300,9 +330,9 @@ class Run:
             yield
         self._store.parts.publish()
 
-    def _make_loader(self, first_step: int) -> DataLoader[Batch]:
+    def _make_dataset(self) -> TrainingSet:
         train = self.config.train
-        dataset = TrainingSet(
+        return TrainingSet(
             self.data.train,
             self.data.cache,
             seed=train.seed,
@@ -316,6 +346,9 @@ class Run:
             image_dropout=self.plan.image_dropout,
             global_batch=self.plan.global_batch,
         )
+
+    def _make_loader(self, first_step: int) -> DataLoader[Batch]:
+        train = self.config.train
         sampler = PositionSampler(
             first_step=first_step,
             last_step=train.max_steps,
@@ -325,7 +358,7 @@ class Run:
             world_size=self.teams.num_teams,
         )
         return make_loader(
-            dataset, sampler, num_workers=self.plan.num_workers, pin_memory=self.plan.device.type == "cuda"
+            self._make_dataset(), sampler, num_workers=self.plan.num_workers, pin_memory=self.plan.device.type == "cuda"
         )
 
 

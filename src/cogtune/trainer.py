@@ -29,6 +29,7 @@ from cogtune.formats.tensors import Tensors
 from cogtune.memory import GIB
 from cogtune.optimization import learning_rate_at, set_learning_rate
 from cogtune.parallel.engine import Engine
+from cogtune.prior_penalty import PriorPenalty
 from cogtune.recorded_pass import RecordedPass
 from cogtune.saving import AdapterFiles, Saver
 from cogtune.tracking import MetricsLog, Progress
@@ -91,13 +92,14 @@ class Trainer:
         validate: Callable[[int], bool],
         identity: dict[str, Any],
         ema: Ema | None = None,
+        penalty: PriorPenalty | None = None,
         stop: StopRequest | None = None,
     ) -> None:
         """`validate` says whether it came to its end, or a signal cut it short."""
         self._accelerator, self._config, self._engine, self._denoiser = accelerator, config, engine, denoiser
         self._model, self._optimizer, self._guard = engine.model, engine.optimizer, engine.guard
         self._make_loader, self._saver, self._log, self._validate = make_loader, saver, log, validate
-        self._identity, self._ema = identity, ema
+        self._identity, self._ema, self._penalty = identity, ema, penalty
         self._parameters = trained.parameters()
         num_teams = accelerator.num_processes // config.train.context_parallel
         self._global_batch = config.train.batch_size * config.train.gradient_accumulation_steps * num_teams
@@ -183,6 +185,8 @@ class Trainer:
             host_batch.release()
             recent.samples.append((self.step, losses, host_batch))
         enter("optimizer step")
+        if self._penalty is not None:
+            self._penalty.add_gradients(self._guard.scale)
         grad_norm = self._guard.apply(self._optimizer, list(self._parameters.values()))
         if self._ema is not None:
             self._ema.wait()

@@ -79,6 +79,26 @@ def test_the_plan_says_what_prior_clips_are_trained_towards(make_job: Callable[.
     assert "of the clips, trained" not in done.out
 
 
+def test_a_penalty_holds_the_adapter_back_in_one_process_and_in_two(
+    make_job: Callable[..., Path], run_command: Any, run_process: Any, tmp_path: Path
+) -> None:
+    """A mighty one leaves nearly nothing of the updates that a run without it makes; two processes find the same."""
+    runs = {"free": {}, "held": {"prior_penalty": 1e6, "prior_penalty_samples": 4}}
+    size = {}
+    for name, options in runs.items():
+        done = run_command("train/lora.py", "--config", make_job(name, batch_size=2, max_steps=6, **options))
+        assert done.code == 0, done.err
+        assert ("penalty     from 4 prior samples" in done.out) == (name == "held")
+        tensors = load_file(tmp_path / name / "final/pytorch_lora_weights.safetensors")
+        size[name] = sum(float(tensor.square().sum()) for key, tensor in tensors.items() if "lora_B" in key)
+    assert 0 < size["held"] < 0.5 * size["free"]
+    job = make_job("two", batch_size=1, max_steps=6, **runs["held"])
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--standalone", "train/lora.py", "--config", job]
+    done = run_process(*launcher, CUDA_VISIBLE_DEVICES="")
+    assert done.code == 0, done.err
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "held"), rel=1e-3)
+
+
 def test_full_fine_tuning_has_no_base_model_to_ask(make_job: Callable[..., Path], run_command: Any) -> None:
     done = run_command("train/sft.py", "--config", make_job("a", prior_target="base"))
     assert done.code == 2 and "train.prior_target=base: full fine-tuning" in done.err

@@ -264,15 +264,13 @@ def _read_path(centre: Array, spans: Array) -> tuple[str | None, str]:
         if distance > _STRAIGHT_MIN and spans[1 - axis] < max(0.25 * distance, _STILL_MAX) and walked < 1.3 * distance:
             share = abs(float(centre[len(centre) // 2, axis] - centre[0, axis])) / distance
             return (names[int(net[axis] > 0)], "") if 0.25 < share < 0.75 else (None, "the object moves in jerks")
+    walked = np.abs(steps).sum(0)
+    if net.min() > _STRAIGHT_MIN and net.max() < 1.6 * net.min() and (walked < 1.3 * net).all():
+        share = (centre[len(centre) // 2] - centre[0]) / net
+        return ("diagonal", "") if share.min() > 0.25 and share.max() < 0.75 else (None, "the object moves in jerks")
     returns = float(np.hypot(*net)) < 0.45 * float(spans.max())
     if returns and spans[1] > _STRAIGHT_MIN and spans[0] < max(0.3 * spans[1], _STILL_MAX):
         above = centre[:, 1] < (centre[:, 1].max() + centre[:, 1].min()) / 2
         hops = int((above[1:] & ~above[:-1]).sum()) + int(above[0])
         return ("bouncing", "") if hops == 2 and not above[-1] else (None, "the object bounces otherwise")
-    if returns and spans.min() > _STRAIGHT_MIN and spans.max() < 1.5 * spans.min():
-        around = centre - (centre.max(0) + centre.min(0)) / 2
-        angles = np.unwrap(np.arctan2(around[:, 1], around[:, 0]))
-        distances = np.hypot(around[:, 0], around[:, 1])
-        if 5.0 < abs(angles[-1] - angles[0]) < 7.5 and distances.min() > 0.55 * distances.max():
-            return "circling", ""
     return None, "the object moves in no known way"

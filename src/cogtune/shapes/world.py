@@ -43,13 +43,13 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 MOTIONS = ("left", "right", "up", "down", "growing", "shrinking", "bouncing", "still")
 
 CONCEPT_SHAPE = "hourglass"
-CONCEPT_MOTION = "circling"
+CONCEPT_MOTION = "diagonal"
 TRIGGER = "zibber"
 
 SPLITS = ("base", "held_out", "concept", "concept_held_out")
 
-# (radius, travel) in pixels, each uniform between its bounds. Travel is the distance for straight motions, the height
-# of a bounce, the radius of a circling path, and the radius at the other end for growing and shrinking.
+# (radius, travel) in pixels, each uniform between its bounds. Travel is the distance for straight motions (along each
+# axis), the height of a bounce, and the radius at the other end for growing and shrinking.
 _RANGES: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
     "left": ((8.5, 12.0), (28.0, 50.0)),
     "right": ((8.5, 12.0), (28.0, 50.0)),
@@ -59,7 +59,7 @@ _RANGES: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
     "shrinking": ((13.0, 15.0), (6.0, 7.0)),
     "bouncing": ((8.5, 11.0), (14.0, 18.0)),
     "still": ((8.5, 13.0), (0.0, 0.0)),
-    "circling": ((9.0, 11.0), (10.0, 12.0)),
+    "diagonal": ((8.5, 11.0), (18.0, 26.0)),
 }
 
 
@@ -90,9 +90,8 @@ def trajectory(motion: str, radius: float, travel: float) -> tuple[NDArray[np.fl
         radii = radius + (travel - radius) * time
     elif motion == "bouncing":
         offsets[:, 1] = -travel * np.abs(np.sin(2 * math.pi * time))  # two hops
-    elif motion == "circling":
-        angle = 2 * math.pi * time  # one turn, clockwise on the screen, from the top
-        offsets = travel * np.stack([np.sin(angle), 1 - np.cos(angle)], axis=1)
+    elif motion == "diagonal":
+        offsets = time[:, None] * travel * np.ones(2)  # to the lower right
     elif motion != "still":
         raise UserError(f"motion '{motion}' does not exist: choose one of {', '.join(_RANGES)}")
     return offsets, radii
