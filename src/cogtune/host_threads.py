@@ -6,7 +6,6 @@ process: a loader with page-locked batches sets 1 in a thread of its own, and la
 """
 
 import os
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +14,6 @@ import torch
 
 from cogtune.launch import read_launch
 
-_INTERPRETER_SECONDS = 5e-4
 _CORES_OF_CONTAINER = Path("/sys/fs/cgroup/cpu.max")
 
 
@@ -53,11 +51,3 @@ def start_computing_thread(name: str, begin: Callable[[], object] | None = None)
             begin()
 
     return ThreadPoolExecutor(1, thread_name_prefix=name, initializer=start)
-
-
-def share_interpreter() -> None:
-    """Lets threads take turns at running Python ten times as often as by default, in the whole process.
-
-    A thread that queues short work for the device waits 5 ms for its turn while another one does the same.
-    """
-    sys.setswitchinterval(min(sys.getswitchinterval(), _INTERPRETER_SECONDS))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cogtune.config import OptimizerSettings
-from cogtune.host_threads import share_interpreter, start_computing_thread
+from cogtune.host_threads import start_computing_thread
 from cogtune.streaming.blocks import BlockStream, all_tensors, choose_streamed, stream_blocks
 from cogtune.streaming.gradients import GradientStream
 from cogtune.streaming.host import HostBuffer, Layout
@@ -114,7 +114,6 @@ class HostAdamW(torch.optim.Optimizer):
         self._updates: list[_Update] = []
         self._on_device: StreamedUpdates | None = None
         self._pieces: dict[int, list[Piece]] = {}
-        share_interpreter()
         if weights.updated:
             self._on_device = StreamedUpdates(weights.device, weights.dtype)
             self._device_thread = _start_device_thread(weights.device)

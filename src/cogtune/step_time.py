@@ -32,7 +32,7 @@ gradient come, the three with the copy go. Counted."""
 _BOTH_WAYS = 0.8
 """Part of the link's rate that each direction keeps while both are in use. A guess: with it 5B's steps under 24 and 16
 GB, 2/3 of the blocks updated on the device, come out at 3.6 and 3.8 s, where 3.9 and 4.1 were measured."""
-_UPDATED_SHARES = ((35e9, 1 / 2), (18e9, 1 / 3))
+_UPDATED_SHARES = ((35e9, 2 / 3), (18e9, 1 / 3))
 """Of the blocks, what the device updates over a link of at least so many bytes a second: PCIe 5's and PCIe 4's. The
 steps between are wide, since a result is rounded otherwise on the other side."""
 _FLOPS_A_BYTE = 300.0
