@@ -3,7 +3,7 @@
     make demo            (or: python scripts/demo.py)
 
 The base model inside the package draws six shapes in motion. Twenty-four clips show it what a "zibber" is: an hourglass
-that goes round in a circle; clips of the base's own world beside them keep it from forgetting. The demo trains an
+that moves down and to the right; clips of the base's own world beside them keep it from forgetting. The demo trains an
 adapter on them as `configs/demo.yaml` says, and a judge that measures pixels counts how often both show what
 their prompts ask for.
 """
