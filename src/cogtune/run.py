@@ -236,9 +236,8 @@ class Run:
         assert trained.base is not None, "the plan has seen to it that there is a base model to ask"
         started = time.perf_counter()
         dataset, teams = self._make_dataset(), self.teams
-        positions = dataset.prior_positions(max(train.prior_penalty_samples, teams.num_teams))[
-            teams.team :: teams.num_teams
-        ]
+        count = max(train.prior_penalty_samples, teams.num_teams)
+        positions = dataset.prior_positions(count)[teams.team :: teams.num_teams]
         size = train.batch_size if len(self.plan.formats) == 1 else 1
         chunks = [positions[i : i + size] for i in range(0, len(positions), size)]
         device = self.accelerator.device
@@ -251,7 +250,7 @@ class Run:
             add_up=torch.distributed.all_reduce if teams.num_teams > 1 else None,
         )
         seconds = time.perf_counter() - started
-        self.accelerator.print(f"penalty     from {len(positions) * teams.num_teams} prior samples, in {seconds:.1f} s")
+        self.accelerator.print(f"penalty     from {count} prior samples, in {seconds:.1f} s")
         return PriorPenalty(transformer, factors, train.prior_penalty)
 
     def _make_saver(self, trained: Trained, engine: Engine) -> Saver:

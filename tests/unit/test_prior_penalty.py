@@ -133,6 +133,22 @@ def test_processes_together_find_what_one_finds_alone(tiny_folder: Path) -> None
         assert together[name].share == factors.share
 
 
+def test_blocks_that_are_recomputed_give_the_same(tiny_folder: Path) -> None:
+    """As they are on a GPU, where a large model's activations have no room."""
+    transformer, denoiser = make_model(tiny_folder, TARGETS)
+    found = []
+    for recomputed in (False, True):
+        if recomputed:
+            transformer.enable_gradient_checkpointing()
+        found.append(
+            collect_factors(transformer, make_batches(8), denoiser, base=lambda: without_adapter(transformer), seed=3)
+        )
+    for name, factors in found[0].items():
+        torch.testing.assert_close(found[1][name].inputs, factors.inputs)
+        torch.testing.assert_close(found[1][name].gradients, factors.gradients)
+        assert found[1][name].share == factors.share
+
+
 def test_the_base_is_as_before_and_memory_is_what_the_plan_counts(tiny_folder: Path) -> None:
     transformer, denoiser = make_model(tiny_folder, TARGETS)
     batch = next(make_batches(4))
