@@ -18,6 +18,7 @@ KINDS = {
     "alpha differs from rank": AdapterSettings(rank=4, alpha=9.0),
     "dora": AdapterSettings(rank=4, alpha=2.0, use_dora=True),
     "rslora": AdapterSettings(rank=4, alpha=2.0, use_rslora=True),
+    "whole blocks": AdapterSettings(rank=3, target_modules=[r"transformer_blocks\.0\..*", "proj_out"]),
     "regex": AdapterSettings(rank=3, target_modules=["to_q", r"transformer_blocks\.0\.ff\..*proj"]),
 }
 
