@@ -113,7 +113,7 @@ class HostAdamW(torch.optim.Optimizer):
         self._thread = start_computing_thread("optimizer")
         self._updates: list[_Update] = []
         self._on_device: StreamedUpdates | None = None
-        self._pieces: dict[int, list[Piece]] = {}
+        self._pieces: dict[int, list[Piece]] = {index: weights.split(index) for index in weights.updated}
         if weights.updated:
             self._on_device = StreamedUpdates(weights.device, weights.dtype)
             self._device_thread = _start_device_thread(weights.device)
@@ -179,8 +179,6 @@ class HostAdamW(torch.optim.Optimizer):
         """Queues a part's update there; the event says when it is back."""
         assert self._on_device is not None
         self._weights.gradients.wait(index)
-        if index not in self._pieces:  # the same memory in every step
-            self._pieces[index] = self._weights.split(index)
         steps = [self.state[weight]["step"] for weight in self._weights.parts[index]]
         done = steps[0].item()
         assert all(step.item() == done for step in steps), "weights of one block have seen different numbers of steps"

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from cogtune.adapter import ADAPTER_NAME, linear_names, match_targets
+from cogtune.adapter import ADAPTER_NAME, LoraLinear, linear_names, match_targets
 from cogtune.config import RunConfig
 from cogtune.dataset import Batch
 from cogtune.denoiser import Denoiser
@@ -49,9 +48,8 @@ class PriorPenalty:
         self._layers = [(layers[name], own) for name, own in factors.items()]
         self._strength = strength
 
-    @torch.no_grad()
     def value(self) -> Tensor:
-        """The penalty as it is now, float32."""
+        """The penalty as it is now, float32; `add_gradients` adds its gradients without autograd."""
         total = []
         for layer, factors in self._layers:
             down, up, scaling = _matrices(layer)
@@ -79,11 +77,13 @@ def _add(parameter: nn.Parameter, gradient: Tensor, factor: Tensor) -> None:
 
 def adapted_layers(transformer: nn.Module) -> dict[str, Any]:
     """The layers with the adapter by name."""
-    return {
-        name: module
-        for name, module in transformer.named_modules()
-        if isinstance(module, BaseTunerLayer) and ADAPTER_NAME in getattr(module, "lora_A", {})
-    }
+    return {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLinear)}
+
+
+def _name_inputs(layer: str) -> str:
+    """What a layer's inputs are called: the same for layers that see the same."""
+    parent, _, own = layer.rpartition(".")
+    return f"{parent}.qkv" if own in _SHARED_INPUTS else layer
 
 
 def _matrices(layer: Any) -> tuple[nn.Parameter, nn.Parameter, float]:
@@ -140,11 +140,11 @@ def collect_factors(
 
     Before layers are fused or compiled. `add_up` sums a tensor over the processes, in place; each has a batch at least.
     """
-    layers, collectors = adapted_layers(transformer), {}
-    for name, layer in layers.items():
-        parent, _, own = name.rpartition(".")
-        first = next((f"{parent}.{other}" for other in _SHARED_INPUTS if f"{parent}.{other}" in collectors), None)
-        collectors[name] = _Collector(layer, collectors[first] if own in _SHARED_INPUTS and first else None)
+    collectors: dict[str, _Collector] = {}
+    first: dict[str, _Collector] = {}
+    for name, layer in adapted_layers(transformer).items():
+        collectors[name] = _Collector(layer, first.get(_name_inputs(name)))
+        first.setdefault(_name_inputs(name), collectors[name])
     on_gpu = next(transformer.parameters()).device.type == "cuda"
     if on_gpu:  # else a large model's activations would not fit
         transformer.enable_gradient_checkpointing()
@@ -197,14 +197,10 @@ def _join(
 def count_factor_bytes(transformer: nn.Module, config: RunConfig) -> int:
     """Memory of the factors, from a transformer's shapes."""
     linears: dict[str, Any] = dict(transformer.named_modules())
-    total, seen = 0, set()
-    for name in match_targets(linear_names(transformer), config.adapter.target_modules):
-        parent, _, own = name.rpartition(".")
-        source = (parent, _SHARED_INPUTS) if own in _SHARED_INPUTS else name
-        total += 0 if source in seen else linears[name].in_features ** 2
-        total += linears[name].out_features ** 2
-        seen.add(source)
-    return 4 * total
+    names = match_targets(linear_names(transformer), config.adapter.target_modules)
+    inputs = {_name_inputs(name): linears[name].in_features for name in names}
+    outputs = [linears[name].out_features for name in names]
+    return 4 * sum(width**2 for width in [*inputs.values(), *outputs])
 
 
 def check_prior_penalty(

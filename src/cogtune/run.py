@@ -157,7 +157,10 @@ class Run:
             if plan.facts.takes_image
             else None,
         )
-        penalty = self._measure_penalty(trained, denoiser)
+        first_step = checkpoint.step if checkpoint else 0
+        penalty = None
+        if config.train.prior_penalty is not None and first_step < config.train.max_steps:
+            penalty = self._measure_penalty(trained, denoiser, config.train.prior_penalty)
         shared = share_samples(config, plan.facts.num_heads, self.teams)
         backend = self._choose_attention(transformer, shared)
         mesh = divide_transformer(plan, trained, accelerator.device)
@@ -179,7 +182,6 @@ class Run:
         allow_shapes(len({clip.form for clip in [*plan.train_clips, *plan.validation_clips]}))
         engine = make_engine(accelerator, plan, trained, mesh)
         self._store = engine.store
-        first_step = checkpoint.step if checkpoint else 0
         tracking = config.tracking
         with MetricsLog(
             self.folder,
@@ -228,11 +230,9 @@ class Run:
             self._newest = own if checkpoint is None or own.is_dir() else checkpoint.folder
         return finished
 
-    def _measure_penalty(self, trained: Trained, denoiser: Denoiser) -> PriorPenalty | None:
+    def _measure_penalty(self, trained: Trained, denoiser: Denoiser, strength: float) -> PriorPenalty:
         """What `train.prior_penalty` needs to know of the base model: the same on every process."""
         train, transformer = self.config.train, trained.transformer
-        if train.prior_penalty is None:
-            return None
         assert trained.base is not None, "the plan has seen to it that there is a base model to ask"
         started = time.perf_counter()
         dataset, teams = self._make_dataset(), self.teams
@@ -241,9 +241,15 @@ class Run:
         size = train.batch_size if len(self.plan.formats) == 1 else 1
         chunks = [positions[i : i + size] for i in range(0, len(positions), size)]
         device = self.accelerator.device
+
+        def read() -> Iterator[Batch]:
+            for chunk in chunks:
+                enter("asking the base model about prior clips")  # one move each: it may take minutes
+                yield join_samples([dataset[p] for p in chunk]).to(device)
+
         factors = collect_factors(
             transformer,
-            (join_samples([dataset[p] for p in chunk]).to(device) for chunk in chunks),
+            read(),
             denoiser,
             base=trained.base,
             seed=train.seed,
@@ -251,7 +257,8 @@ class Run:
         )
         seconds = time.perf_counter() - started
         self.accelerator.print(f"penalty     from {count} prior samples, in {seconds:.1f} s")
-        return PriorPenalty(transformer, factors, train.prior_penalty)
+        enter("preparing to train")
+        return PriorPenalty(transformer, factors, strength)
 
     def _make_saver(self, trained: Trained, engine: Engine) -> Saver:
         if trained.files is not None:

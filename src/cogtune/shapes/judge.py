@@ -264,8 +264,8 @@ def _read_path(centre: Array, spans: Array) -> tuple[str | None, str]:
         if distance > _STRAIGHT_MIN and spans[1 - axis] < max(0.25 * distance, _STILL_MAX) and walked < 1.3 * distance:
             share = abs(float(centre[len(centre) // 2, axis] - centre[0, axis])) / distance
             return (names[int(net[axis] > 0)], "") if 0.25 < share < 0.75 else (None, "the object moves in jerks")
-    walked = np.abs(steps).sum(0)
-    if net.min() > _STRAIGHT_MIN and net.max() < 1.6 * net.min() and (walked < 1.3 * net).all():
+    lengths = np.abs(steps).sum(0)
+    if net.min() > _STRAIGHT_MIN and net.max() < 1.6 * net.min() and (lengths < 1.3 * net).all():
         share = (centre[len(centre) // 2] - centre[0]) / net
         return ("diagonal", "") if share.min() > 0.25 and share.max() < 0.75 else (None, "the object moves in jerks")
     returns = float(np.hypot(*net)) < 0.45 * float(spans.max())

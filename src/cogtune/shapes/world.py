@@ -91,7 +91,7 @@ def trajectory(motion: str, radius: float, travel: float) -> tuple[NDArray[np.fl
     elif motion == "bouncing":
         offsets[:, 1] = -travel * np.abs(np.sin(2 * math.pi * time))  # two hops
     elif motion == "diagonal":
-        offsets = time[:, None] * travel * np.ones(2)  # to the lower right
+        offsets += (time * travel)[:, None]  # to the lower right
     elif motion != "still":
         raise UserError(f"motion '{motion}' does not exist: choose one of {', '.join(_RANGES)}")
     return offsets, radii
