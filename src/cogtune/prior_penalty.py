@@ -213,15 +213,20 @@ def check_prior_penalty(
     divided = strategy.is_fsdp or strategy.is_deepspeed or config.train.context_parallel > 1
     reasons = {
         "full fine-tuning (train/sft.py) has no adapter": full,
-        "no clip of the manifest is marked `prior`": not any(clip.prior and clip.weight for clip in clips),
+        'no clip of the manifest is marked `prior`; mark some ("prior": true, data/README.md)': not any(
+            clip.prior and clip.weight for clip in clips
+        ),
         "adapter.use_dora must be false": config.adapter.use_dora,
         f"a base that is divided over processes ({strategy.describe()}) can't be asked yet; take one process or DDP": (
             divided
         ),
         f"a base in {memory.quantized} can't be asked; set memory.quantized_base=none": memory.quantized is not None,
-        "blocks that wait on the host can't be asked yet, and the GPU has no room for all of them; take fewer "
-        "adapter.target_modules, a smaller rank or a larger card": memory.num_resident is not None,
+        "blocks that wait on the host can't be asked yet; leave out memory.resident_blocks, or, where the GPU has no "
+        "room for all of them, take fewer adapter.target_modules, a smaller rank or a larger card": memory.num_resident
+        is not None,
     }
     wrong = [reason for reason, holds in reasons.items() if holds]
     if wrong:
-        raise UserError(f"train.prior_penalty={strength:g}: {'; '.join(wrong)}; or remove it")
+        raise UserError(
+            f"train.prior_penalty={strength:g}: {'; '.join(wrong)}; change that, or remove train.prior_penalty"
+        )
