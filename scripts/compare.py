@@ -19,7 +19,7 @@ from cogtune.shapes.comparison import (
     Scoring,
     describe_device,
     draw_clips,
-    end_with_parent,
+    end_with_command,
     limit_threads,
     perform_all,
     read_jobs,
@@ -57,7 +57,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = limit_threads(arguments.jobs, os.cpu_count() or 1)
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.jobs, mp_context=spawn, initializer=end_with_parent) as pool:
+    with ProcessPoolExecutor(arguments.jobs, mp_context=spawn, initializer=end_with_command) as pool:
         results = perform_all(arguments.out, jobs, scoring, pool, num_workers=arguments.jobs, minutes=arguments.minutes)
     conditions = {"device": describe_device(), "jobs": arguments.jobs, **vars(scoring)}
     (arguments.out / "results.json").write_text(json.dumps({"conditions": conditions, "results": results}, indent=1))

@@ -50,7 +50,8 @@ STRATEGIES: dict[str, dict[str, str]] = {
 def run(script: str, config: Path, num_gpus: int, environment: dict[str, str], *options: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_gpus)]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(ROOT / script), "--config", str(config)]
-    clean = os.environ | {"PYTHONPATH": str(ROOT / "src")} | environment
+    folders = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    clean = os.environ | {"PYTHONPATH": folders} | environment
     done = subprocess.run(
         [*command, *options], env=clean, cwd=ROOT, capture_output=True, text=True, timeout=220, check=False
     )

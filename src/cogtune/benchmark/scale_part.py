@@ -7,6 +7,7 @@ import argparse
 import gc
 import json
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from cogtune.adapter import TrainedAdapter, add_lora
 from cogtune.attention import install_attention
 from cogtune.benchmark.clock import peak_memory, reset_peak
 from cogtune.benchmark.training import TrainingBench
+from cogtune.cluster.stopping import end_with_parent
 from cogtune.execution import configure_blocks
 from cogtune.full import TrainedModel
 from cogtune.ladder import choose_rung
@@ -160,6 +162,7 @@ class Part:
 
 def main() -> None:
     """Measures a task; the main process writes its numbers."""
+    end_with_parent(signal.SIGKILL)  # torchrun's processes are not of its session, and would keep their GPUs
     task = SimpleNamespace(**json.loads(sys.argv[1]))
     part = Part(task)
     result = part.measure()

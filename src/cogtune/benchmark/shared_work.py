@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import signal
 import statistics
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from cogtune.benchmark.context import ALONE, parse_part
 from cogtune.benchmark.kernels import describe_profile, profile_steps
 from cogtune.benchmark.training import TrainingBench
 from cogtune.benchmark.variants import parse_variant, prepare_transformer
+from cogtune.cluster.stopping import end_with_parent
 from cogtune.generation import generate_latents, make_pipeline
 from cogtune.launch import read_launch
 from cogtune.machine import avoid_fragments
@@ -154,6 +156,7 @@ def write(task: argparse.Namespace, row: dict[str, Any]) -> None:
 
 def main() -> None:
     """Runs the task of the command line."""
+    end_with_parent(signal.SIGKILL)  # torchrun's processes are not of its session, and would keep their GPUs
     task = argparse.Namespace(**json.loads(sys.argv[1]))
     kind, model, way, count = parse_part(task.part)
     row = {"train": measure_training, "generate": measure_generation}[kind](task, model, way, count)

@@ -7,7 +7,6 @@ the project's own commands in a process of its own; the process that started it 
 run leaves `results/<name>.json` and is never made again.
 """
 
-import ctypes
 import hashlib
 import json
 import re
@@ -25,6 +24,7 @@ import torch
 import yaml
 
 from cogtune.cli import build_config, read_yaml
+from cogtune.cluster.stopping import end_with_parent
 from cogtune.errors import UserError, nearest
 from cogtune.models import choose_device
 from cogtune.shapes.captions import base_prompts, concept_prompts
@@ -36,7 +36,6 @@ LORA, SFT = "train/lora.py", "train/sft.py"
 BASE = "base model"
 NUM_CLIPS, NUM_HELD_OUT = 24, 6
 _NO_PRIOR = (0, 1.0)
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _SPECIAL = ("config", "command", "prior", "weight")
 
 
@@ -282,11 +281,10 @@ def _describe(result: dict[str, Any]) -> str:
     return f"{shares}{loss}; {result.get('train_seconds', 0):.0f} s + {result['score_seconds']:.0f} s for scoring"
 
 
-def end_with_parent() -> None:
+def end_with_command() -> None:
     """Lets a pool's process, and the training it waits for, end when the command that made it is killed (Linux)."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # subprocess.run then ends its child
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    end_with_parent(signal.SIGTERM)
 
 
 def limit_threads(num_workers: int, num_cores: int) -> str:
