@@ -85,8 +85,9 @@ class AdapterSettings(Section):
 
 
 class OptimizerSettings(Section):
-    name: Literal["adamw"] = "adamw"
-    """AdamW in float32, fused on a GPU."""
+    name: Literal["adamw", "muon"] = "adamw"
+    """AdamW in float32, fused on a GPU; or Muon (`muon.py`), for a LoRA on one process or DDP: a step costs more and
+    teaches more. Its learning rate is AdamW's or up to three times that; betas: the first is its momentum."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)

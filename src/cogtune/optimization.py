@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from cogtune.config import OptimizerSettings, ScheduleSettings
+from cogtune.muon import Muon
 
 FIRST_LOSS_SCALE = 2.0**16
 SCALE_GROWTH_STEPS = 2000
@@ -37,8 +38,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 def make_optimizer(
     parameters: list[dict[str, Any]] | list[torch.nn.Parameter], settings: OptimizerSettings
-) -> torch.optim.AdamW:
-    """Float32 AdamW; the fused kernel is also what can skip a step on the device."""
+) -> torch.optim.Optimizer:
+    """Muon, or float32 AdamW, whose fused kernel is also what can skip a step on the device."""
+    if settings.name == "muon":
+        return Muon(
+            parameters, lr=settings.learning_rate, momentum=settings.betas[0], weight_decay=settings.weight_decay
+        )
     return torch.optim.AdamW(
         parameters,
         lr=settings.learning_rate,

@@ -7,6 +7,7 @@ import torch
 from cogtune.config import RunConfig
 from cogtune.errors import UserError
 from cogtune.launch import read_launch
+from cogtune.parallel.strategy import Strategy
 
 _WAYS: dict[str, dict[str, Any]] = {"device": {}, "8bit": {"eight_bit": True}, "host": {"on_host": True}}
 """Each value of memory.optimizer as an argument of `memory.predict`."""
@@ -27,9 +28,18 @@ def list_optimizer_ways(config: RunConfig, dtype: torch.dtype, free_bytes: int |
     return [_WAYS[name] for name in possible]
 
 
-def check_optimizer(config: RunConfig, dtype: torch.dtype, *, full: bool) -> None:
-    """Raises `UserError` where what memory.optimizer asks for can't be."""
+def check_optimizer(config: RunConfig, dtype: torch.dtype, strategy: Strategy, *, full: bool) -> None:
+    """Raises `UserError` where what optimizer.name or memory.optimizer asks for can't be."""
     memory, ratio = config.memory, config.optimizer.lora_plus_ratio
+    wrong = {
+        "it is for a LoRA's matrices (train/lora.py)": full,
+        "DoRA's magnitudes are no matrices; set adapter.use_dora=false": config.adapter.use_dora and not full,
+        f"it needs whole matrices, and {strategy.describe()}; take one process or DDP": (
+            strategy.is_fsdp or strategy.is_deepspeed
+        ),
+    }
+    if config.optimizer.name == "muon" and (why := _join(wrong)):
+        raise UserError(f"optimizer.name=muon: {why}; or set optimizer.name=adamw")
     if full and ratio != 1.0:
         raise UserError(f"optimizer.lora_plus_ratio={ratio}: full fine-tuning (train/sft.py) has no LoRA; remove it")
     asked = f"memory.optimizer={memory.optimizer}"

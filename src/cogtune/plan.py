@@ -250,7 +250,7 @@ def _add_training(
     strategy = read_strategy(os.environ)
     check_strategy(config, strategy, data.dtype, full=full)
     check_context(config, data.facts)
-    check_optimizer(config, data.dtype, full=full)
+    check_optimizer(config, data.dtype, strategy, full=full)
     check_quantized_base(config, strategy, full=full)
     check_backend(
         config.train.attention,

@@ -12,6 +12,7 @@ from cogtune.machine import NOMINAL
 from cogtune.memory import GIB, MemoryPlan
 from cogtune.models import make_meta_transformer
 from cogtune.optimizer_ways import check_optimizer, list_optimizer_ways
+from cogtune.parallel.strategy import Strategy
 from cogtune.plan import list_training_rungs
 from cogtune.random_pipeline import make_architecture_facts
 
@@ -83,18 +84,38 @@ def test_the_table_shows_each_way() -> None:
 )
 def test_what_8_bits_can_not_go_with_is_named(train: dict[str, Any], dtype: torch.dtype, message: str) -> None:
     with pytest.raises(UserError, match=f"memory.optimizer=8bit: {message}.*; or set memory.optimizer=device"):
-        check_optimizer(make_config({"optimizer": "8bit"}, train), dtype, full=True)
-    check_optimizer(make_config({"optimizer": "8bit"}), torch.bfloat16, full=True)
+        check_optimizer(make_config({"optimizer": "8bit"}, train), dtype, Strategy(), full=True)
+    check_optimizer(make_config({"optimizer": "8bit"}), torch.bfloat16, Strategy(), full=True)
 
 
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="needs one process"):
-        check_optimizer(make_config({"optimizer": "8bit"}), torch.bfloat16, full=True)
+        check_optimizer(make_config({"optimizer": "8bit"}), torch.bfloat16, Strategy(), full=True)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "strategy", "full", "message"),
+    [
+        ({}, Strategy(), True, "it is for a LoRA's matrices"),
+        ({"use_dora": True}, Strategy(), False, "DoRA's magnitudes are no matrices"),
+        ({}, Strategy("fsdp2", 2, 2), False, "it needs whole matrices, and FSDP2: .* in 2 parts; take one process"),
+        ({}, Strategy("zero1", 2, 2), False, "it needs whole matrices, and DeepSpeed ZeRO-1"),
+    ],
+)
+def test_what_muon_can_not_go_with_is_named(
+    adapter: dict[str, Any], strategy: Strategy, full: bool, message: str
+) -> None:
+    config = RunConfig.model_validate({"optimizer": {"name": "muon"}, "adapter": adapter})
+    with pytest.raises(UserError, match=f"optimizer.name=muon: {message}.*; or set optimizer.name=adamw"):
+        check_optimizer(config, torch.float32, strategy, full=full)
+    plain = RunConfig.model_validate({"optimizer": {"name": "muon"}})
+    for kind in ("single", "ddp"):
+        check_optimizer(plain, torch.float32, Strategy(kind, 2, 1), full=False)
 
 
 def test_lora_plus_is_for_lora() -> None:
     config = RunConfig.model_validate({"optimizer": {"lora_plus_ratio": 4}})
     with pytest.raises(UserError, match=r"full fine-tuning .* has no LoRA; remove it"):
-        check_optimizer(config, torch.bfloat16, full=True)
-    check_optimizer(config, torch.bfloat16, full=False)
+        check_optimizer(config, torch.bfloat16, Strategy(), full=True)
+    check_optimizer(config, torch.bfloat16, Strategy(), full=False)

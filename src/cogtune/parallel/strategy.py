@@ -102,6 +102,11 @@ def settings_of_our_own() -> Iterator[None]:
     finally:
         del os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"]
         os.environ.update(hidden)
+        if _is_true(os.environ, "ACCELERATE_USE_DEEPSPEED"):
+            # On GPUs accelerate 1.15 tells transformers of ZeRO-3 all the same.
+            from transformers.integrations import unset_hf_deepspeed_config
+
+            unset_hf_deepspeed_config()
 
 
 def _is_true(environment: Mapping[str, str], name: str) -> bool:

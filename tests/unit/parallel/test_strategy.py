@@ -94,3 +94,15 @@ def test_accelerate_sees_nothing_that_is_done_here(monkeypatch: pytest.MonkeyPat
         assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS" not in os.environ
         assert os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] == "false"
     assert dict(os.environ) == before
+
+
+def test_transformers_never_hears_of_zero3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it divides the text encoder, which then can't encode: seen with accelerate 1.15 on GPUs."""
+    from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
+
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with settings_of_our_own():
+        known = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})  # what accelerate makes and keeps
+        assert is_deepspeed_zero3_enabled()
+    assert not is_deepspeed_zero3_enabled()
+    assert known.is_zero3()
