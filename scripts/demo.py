@@ -15,7 +15,7 @@ from pathlib import Path
 from cogtune.cli import CommandParser
 from cogtune.errors import UserError, run_command
 from cogtune.models import choose_device
-from cogtune.shapes.demonstration import format_rows, run_step, score_adapter, training_precision
+from cogtune.shapes.demonstration import count_scorers, format_rows, run_step, score_adapter, training_precision
 from cogtune.shapes.scoring import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
 
 FOLDER, CONFIG = Path("runs/demo"), "configs/demo.yaml"
@@ -26,7 +26,7 @@ PROMPT = "a blue zibber on a white background"
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=8, help="videos of each kind for the table (default: 8)")
+    parser.add_argument("--prompts", type=int, default=6, help="videos of each kind for the table (default: 6)")
     parser.add_argument("--steps", type=int, help="training steps, to try the way only (default: the config's)")
     return parser.parse_args()
 
@@ -54,7 +54,8 @@ def main() -> None:
     )  # fmt: skip
 
     print(f"\nscoring {4 * arguments.prompts} videos of prompts that training never saw", flush=True)
-    rows = score_adapter("tiny", final, choose_device("auto"), num_prompts=arguments.prompts)
+    device = choose_device("auto")
+    rows = score_adapter("tiny", final, device, num_prompts=arguments.prompts, num_processes=count_scorers(device))
     print(f"\n{format_rows(rows)}\n\ndone in {time.monotonic() - started:.0f} s")
     print(f"curves, clips and videos side by side: {FOLDER}/run/report.html; one video more: {video}")
 

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.timeout(600)  # 200 steps on one core, twice as long wh
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = {
     "train.max_steps": 200,
+    "train.batch_size": 8,
     "train.prior_penalty": "null",  # there are no prior clips
     "data.num_workers": 0,
     "checkpoint.every_steps": "null",

@@ -87,6 +87,7 @@ def make_engine(accelerator: Accelerator, plan: TrainingPlan, trained: Any, mesh
             config=plan.config,
             strategy=plan.strategy,
             dtype=plan.dtype,
+            compiled=plan.compiled,
             initial=trained.initial(),
         )
     # Every process has read the same frozen weights; DDP would send them once more.

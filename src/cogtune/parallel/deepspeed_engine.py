@@ -28,10 +28,13 @@ from cogtune.shards.pieces import Piece
 _SMALLEST_LOSS_SCALE = 2.0**-MAX_OVERFLOWS_IN_A_ROW
 
 
-def make_settings(config: RunConfig, strategy: Strategy, dtype: torch.dtype) -> dict[str, Any]:
+def make_settings(config: RunConfig, strategy: Strategy, dtype: torch.dtype, *, compiled: bool) -> dict[str, Any]:
     """DeepSpeed's settings, from the training config and what the launcher said."""
     train = config.train
-    zero: dict[str, Any] = {"stage": int(strategy.kind[-1])}
+    # ZeRO-3 puts a function of its own in the place of PyTorch's `linear`, so that no gathered weight is kept for the
+    # backward pass. Compiled blocks keep none; but torch 2.11 compiled that function for each weight's number, block by
+    # block, until it gave up.
+    zero: dict[str, Any] = {"stage": int(strategy.kind[-1]), "memory_efficient_linear": not compiled}
     if strategy.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if strategy.offload_weights:
@@ -194,13 +197,14 @@ def make_deepspeed_engine(
     config: RunConfig,
     strategy: Strategy,
     dtype: torch.dtype,
+    compiled: bool,
     initial: Tensors | None,
 ) -> Engine:
     """The loop's engine around DeepSpeed's; `initial` are the trained weights, which are in `dtype` in the model."""
     import deepspeed
     from deepspeed.utils import set_z3_leaf_modules
 
-    settings = make_settings(config, strategy, dtype)
+    settings = make_settings(config, strategy, dtype, compiled=compiled)
     if strategy.kind == "zero3":
         set_z3_leaf_modules(transformer, [CogVideoXBlock])  # a block is gathered as one, by hooks around its call
         for parameter in transformer.parameters():

@@ -4,6 +4,7 @@ Each command runs in a process of its own. On Linux it is a copy of this one, wh
 already: that takes longer than some of the commands.
 """
 
+import multiprocessing
 import os
 import runpy
 import shlex
@@ -11,7 +12,9 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,20 +86,44 @@ def pick_evenly(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
     return [prompts[index * len(prompts) // count] for index in range(count)]
 
 
-def score_adapter(model: str, lora: Path, device: torch.device, *, num_prompts: int, seed: int = 0) -> list[Row]:
-    """Base and adapter on the concept's unseen prompts and on the base's own, from one pipeline and the same noise."""
-    pipeline = load_scored_pipeline(model, lora, device)
+def score_adapter(
+    model: str, lora: Path, device: torch.device, *, num_prompts: int, seed: int = 0, num_processes: int = 1
+) -> list[Row]:
+    """Base and adapter on the concept's unseen prompts and on the base's own, with the same noise.
+
+    With two processes each scores one of them. They are copies of this one, which must not have computed with PyTorch
+    before, and share the cores: small models leave a part of each core idle when they have all of them.
+    """
     kinds = {
         "the concept's": pick_evenly(concept_prompts(), num_prompts),
         "the base's own": base_prompts(num_prompts, seed=0),
     }
-    rows = []
-    for kind, prompts in kinds.items():
-        for name, switch in (("base", pipeline.disable_lora), ("adapter", pipeline.enable_lora)):
-            switch()
-            scores = score_prompts(pipeline, prompts, seed=seed, batch_size=default_batch_size(device))
-            rows.append(Row(kind, name, scores))
-    return rows
+    score = partial(_score, model, device, list(kinds.values()), seed)
+    if num_processes == 1:
+        found = [score(None), score(lora)]
+    else:
+        threads = max(1, (os.cpu_count() or 1) // 2)
+        context = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(2, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+            found = list(pool.map(score, [None, lora]))
+    return [
+        Row(kind, name, scores[index])
+        for index, kind in enumerate(kinds)
+        for name, scores in zip(("base", "adapter"), found, strict=True)
+    ]
+
+
+def _score(
+    model: str, device: torch.device, kinds: Sequence[Sequence[Prompt]], seed: int, lora: Path | None
+) -> list[Scores]:
+    """Scores of each kind of prompts, by the adapter or the bare model."""
+    pipeline = load_scored_pipeline(model, lora, device)
+    return [score_prompts(pipeline, prompts, seed=seed, batch_size=default_batch_size(device)) for prompts in kinds]
+
+
+def count_scorers(device: torch.device) -> int:
+    """Processes for `score_adapter`."""
+    return 2 if device.type == "cpu" and sys.platform == "linux" and (os.cpu_count() or 1) > 1 else 1
 
 
 def format_rows(rows: Sequence[Row]) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
@@ -13,7 +14,7 @@ from cogtune.config import RunConfig
 from cogtune.formats.tensors import hold
 from cogtune.full import TrainedModel
 from cogtune.models import load_transformer, read_facts
-from cogtune.parallel.deepspeed_engine import make_deepspeed_engine
+from cogtune.parallel.deepspeed_engine import make_deepspeed_engine, make_settings
 from cogtune.parallel.strategy import Strategy
 from cogtune.shards.pieces import Piece
 
@@ -54,6 +55,7 @@ def check(kind: Any, rank: int, world_size: int, folder: Path, *, offload: bool)
         config=RunConfig(),
         strategy=strategy,
         dtype=torch.bfloat16,
+        compiled=False,
         initial=hold("the files", exact),
     )
     weights = engine.store.read_weights()
@@ -75,3 +77,9 @@ def check(kind: Any, rank: int, world_size: int, folder: Path, *, offload: bool)
 def test_float32_weights_are_the_files(tiny_folder: Path, tmp_path: Path) -> None:
     """Of a part of the weights; three processes, so that parts end within weights."""
     multiprocessing.spawn(check_on_rank, (3, tiny_folder, str(tmp_path / "store")), nprocs=3)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_compiled_blocks_meet_pytorch_s_own_linear(compiled: bool) -> None:
+    settings = make_settings(RunConfig(), Strategy("zero3", 2, 2), torch.bfloat16, compiled=compiled)
+    assert settings["zero_optimization"] == {"stage": 3, "memory_efficient_linear": not compiled}

@@ -1,7 +1,7 @@
 """The demo's table, its choice of prompts, and that base and adapter are told apart."""
 
+from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +10,15 @@ import torch
 from cogtune.errors import UserError
 from cogtune.shapes import demonstration
 from cogtune.shapes.captions import base_prompts, concept_prompts
-from cogtune.shapes.demonstration import Row, format_rows, pick_evenly, run_step, score_adapter, training_precision
+from cogtune.shapes.demonstration import (
+    Row,
+    count_scorers,
+    format_rows,
+    pick_evenly,
+    run_step,
+    score_adapter,
+    training_precision,
+)
 from cogtune.shapes.scoring import Scores
 
 
@@ -34,24 +42,33 @@ def test_the_table_is_in_percent() -> None:
     assert len(head) == len(row)
 
 
-def test_base_and_adapter_meet_the_same_prompts_and_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    state: list[str] = []
-    pipeline = SimpleNamespace(disable_lora=lambda: state.append("off"), enable_lora=lambda: state.append("on"))
-    seen: list[Any] = []
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_base_and_adapter_meet_the_same_prompts_and_noise(num_processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one process and in two: what scored is named after the calls' arguments."""
 
-    def score(given: Any, prompts: Any, *, seed: int, batch_size: int) -> Scores:
-        assert given is pipeline
-        seen.append((state[-1], prompts, seed, batch_size))
-        return Scores(num_videos=len(prompts))
+    def score(pipeline: Any, prompts: Any, *, seed: int, batch_size: int) -> Scores:
+        asked = "+".join(prompt.text for prompt in prompts)
+        return Scores(num_videos=len(prompts), reasons=Counter([f"{pipeline} {seed} {batch_size} {asked}"]))
 
-    monkeypatch.setattr(demonstration, "load_scored_pipeline", lambda *_: pipeline)
+    monkeypatch.setattr(demonstration, "load_scored_pipeline", lambda model, lora, device: f"{model} {lora} {device}")
     monkeypatch.setattr(demonstration, "score_prompts", score)
-    rows = score_adapter("tiny", Path("final"), torch.device("cpu"), num_prompts=5, seed=3)
-    kinds = [(row.prompts, row.model) for row in rows]
-    assert kinds == [(kind, model) for kind in ("the concept's", "the base's own") for model in ("base", "adapter")]
-    assert [entry[0] for entry in seen] == ["off", "on", "off", "on"]
-    assert seen[0][1:] == seen[1][1:] == (pick_evenly(concept_prompts(), 5), 3, 1)
-    assert seen[2][1:] == seen[3][1:] == (base_prompts(5, seed=0), 3, 1)
+    rows = score_adapter("tiny", Path("final"), torch.device("cpu"), num_prompts=5, seed=3, num_processes=num_processes)
+    prompts = {"the concept's": pick_evenly(concept_prompts(), 5), "the base's own": base_prompts(5, seed=0)}
+    expected = [
+        (kind, name, f"tiny {lora} cpu 3 1 {'+'.join(prompt.text for prompt in asked)}")
+        for kind, asked in prompts.items()
+        for name, lora in (("base", None), ("adapter", "final"))
+    ]
+    assert [(row.prompts, row.model, *row.scores.reasons) for row in rows] == expected
+
+
+def test_two_processes_score_on_a_cpu_with_cores_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demonstration.sys, "platform", "linux")
+    for cores, device, expected in ((1, "cpu", 1), (2, "cpu", 2), (64, "cpu", 2), (64, "cuda", 1)):
+        monkeypatch.setattr(demonstration.os, "cpu_count", lambda cores=cores: cores)
+        assert count_scorers(torch.device(device)) == expected
+    monkeypatch.setattr(demonstration.sys, "platform", "darwin")
+    assert count_scorers(torch.device("cpu")) == 1
 
 
 def test_a_failed_step_ends_the_demo(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
