@@ -11,6 +11,7 @@ import torch
 import torch.nn.attention as torch_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cogtune import flash4
 from cogtune.errors import UserError
 
 Backend = Literal["default", "math", "cudnn", "flash", "efficient", "flash3", "flash4"]
@@ -27,7 +28,7 @@ SDPA_BACKENDS: dict[Backend, list[SDPBackend]] = {
 # Packages that take over PyTorch's flash backend once they are activated.
 _PACKAGES: dict[Backend, tuple[str, str]] = {
     "flash3": ("FA3", "flash_attn_interface"),
-    "flash4": ("FA4", "flash_attn.cute"),
+    "flash4": (flash4.IMPLEMENTATION, "flash_attn.cute"),
 }
 _SMALL_SCORES = 2**26
 """Bytes of float32 scores up to which a CPU computes attention in 16 bits by plain products. Its fused kernel takes
@@ -78,6 +79,8 @@ def is_installed(backend: Backend) -> bool:
 
 def activate(backend: Backend) -> None:
     """Makes PyTorch's flash backend the one that `backend` means, for this process."""
+    if backend == "flash4":
+        flash4.register()
     if backend in _PACKAGES:
         torch_attention.activate_flash_attention_impl(_PACKAGES[backend][0])
     elif getattr(torch_attention, "current_flash_attention_impl", lambda: None)() is not None:

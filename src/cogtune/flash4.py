@@ -1,0 +1,45 @@
+"""FlashAttention-4 for PyTorch's flash attention, whichever release of the package is installed.
+
+PyTorch (`torch.nn.attention`, from 2.11 on) finds the two functions below by name in the module that it is given, and
+expects two tensors of the first. Releases of the package from 4.0.0b17 on return more, which is cut off here.
+Its kernels are compiled when they are first called, in some five seconds.
+"""
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+
+IMPLEMENTATION = "cogtune-FA4"
+"""The name under which PyTorch knows it."""
+
+
+def register() -> None:
+    """Tells PyTorch of it; `torch.nn.attention.activate_flash_attention_impl(IMPLEMENTATION)` then switches to it.
+
+    Raises `ImportError` where the package or PyTorch's part of it is missing.
+    """
+    from torch.nn.attention import register_flash_attention_impl  # PyTorch's from 2.11 on
+    from torch.nn.attention._fa4 import register_flash_attention_fa4
+
+    own = functools.partial(register_flash_attention_fa4, module_path=__name__)
+    register_flash_attention_impl(IMPLEMENTATION, register_fn=own)
+
+
+def _flash_attn_fwd(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output [B, S, H, D] of q, k, v [B, S, H, D], and the logarithm of the sums, float32 [B, H, S]."""
+    out, lse = _interface()._flash_attn_fwd(query, key, value, **options)[:2]
+    return out, lse
+
+
+def _flash_attn_bwd(*inputs: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v from (q, k, v, out, its gradient, lse)."""
+    dq, dk, dv = _interface()._flash_attn_bwd(*inputs, **options)[:3]
+    return dq, dk, dv
+
+
+def _interface() -> Any:
+    return importlib.import_module("flash_attn.cute.interface")
