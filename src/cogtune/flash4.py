@@ -7,6 +7,7 @@ Its kernels are compiled when they are first called, in some five seconds.
 
 import functools
 import importlib
+import warnings
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ def register() -> None:
     from torch.nn.attention import register_flash_attention_impl  # PyTorch's from 2.11 on
     from torch.nn.attention._fa4 import register_flash_attention_fa4
 
+    # PyTorch warns that kernels are replaced, as is wanted; the package's compiler of an argument of its own.
+    for message in ("Warning only once for all operators", "Argument aux_data .* cannot be converted to a JitArgument"):
+        warnings.filterwarnings("ignore", message, UserWarning)
     own = functools.partial(register_flash_attention_fa4, module_path=__name__)
     register_flash_attention_impl(IMPLEMENTATION, register_fn=own)
 

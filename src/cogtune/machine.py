@@ -3,10 +3,11 @@
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from cogtune.attention_backends import is_installed
 from cogtune.host_threads import count_cores
 
 _SIZE = 6144
@@ -24,6 +25,8 @@ class Machine:
     """Bytes a second between page-locked host memory and the device, each way."""
     cores: int = 12
     """That may compute on the host beside the device."""
+    attention: tuple[float, float] = (0.525, 0.535)
+    """Parts of `flops` that attention reaches, forward and backward: cuDNN's on an H100 (docs/benchmarks.md)."""
 
     def describe(self) -> str:
         """One line."""
@@ -32,6 +35,11 @@ class Machine:
 
 NOMINAL = Machine(flops=820e12, link=50e9)
 """What an H100 on PCIe 5 measured, with three quarters of 16 cores: a plan without a GPU assumes it."""
+
+
+_FLASH4 = (0.632, 0.66)
+"""The same with FlashAttention-4, which reaches 0.66 and 0.69 there by itself; with these a step comes out as measured
+(5B, keep_all: 1.77 s). On other devices neither was measured."""
 
 
 def avoid_fragments(device: torch.device) -> None:
@@ -62,7 +70,9 @@ def _measure(device: torch.device, dtype: torch.dtype) -> Machine:
         host = torch.empty(_COPY_BYTES, dtype=torch.uint8, pin_memory=True)
         there = torch.empty(_COPY_BYTES, dtype=torch.uint8, device=device)
         copy = _best_seconds(lambda: there.copy_(host, non_blocking=True), device)
-    return Machine(2 * _SIZE**3 / product, _COPY_BYTES / copy, count_cores())
+    machine = Machine(2 * _SIZE**3 / product, _COPY_BYTES / copy, count_cores())
+    taken = is_installed("flash4") and torch.cuda.get_device_capability(device)[0] in (9, 10)  # Hopper, Blackwell
+    return replace(machine, attention=_FLASH4) if taken else machine
 
 
 def _best_seconds(work: Callable[[], object], device: torch.device) -> float:

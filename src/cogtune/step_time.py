@@ -13,8 +13,8 @@ from cogtune.memory import MemoryPlan
 from cogtune.models import ModelFacts
 from cogtune.streaming.blocks import DEFAULT_SLOTS, choose_streamed
 
-# Parts of the best matrix product's rate: what the step's own kernels reach beside it on an H100 (docs/benchmarks.md).
-_LINEAR, _ATTENTION_FORWARD, _ATTENTION_BACKWARD = 0.93, 0.525, 0.535
+# Part of the best matrix product's rate that the step's own products reach on an H100 (docs/benchmarks.md).
+_LINEAR = 0.93
 _ELEMENTWISE_SHARE = 0.17
 """Time of everything beside a block's products, in each direction, and what the kernels lose in a long step.
 Fitted to 2.05 s (keep_all) there; keep_attention then comes out at 2.22 s (measured 2.26), recompute at 2.66 (2.69)."""
@@ -68,8 +68,8 @@ class BlockTimes:
         attention = 4 * batch_size * tokens**2 * width / num_ranks
         return cls(
             linear / (machine.flops * _LINEAR),
-            attention / (machine.flops * _ATTENTION_FORWARD),
-            2.5 * attention / (machine.flops * _ATTENTION_BACKWARD),
+            attention / (machine.flops * machine.attention[0]),
+            2.5 * attention / (machine.flops * machine.attention[1]),
         )
 
     def forward_seconds(self) -> float:

@@ -207,10 +207,11 @@ class Trainer:
     def _write_row(self, recent: Recent, grad_norm: torch.Tensor) -> dict[str, Any]:
         """Waits for the device, checks what happened since the last row, and logs it."""
         self._check_finite(recent)
-        self._check_gradients_arrived()
         losses = torch.cat([losses for _, losses, _ in recent.samples]).mean()
         loss = self._accelerator.reduce(losses, reduction="mean")
         assert isinstance(loss, torch.Tensor)
+        if loss.item():  # an adapter at its start agrees with the base on prior clips: no loss, and rightly no gradient
+            self._check_gradients_arrived()
         steps = len({step for step, _, _ in recent.samples})
         row: dict[str, Any] = {
             "step": self.step,
@@ -253,7 +254,7 @@ class Trainer:
         )
 
     def _check_gradients_arrived(self) -> None:
-        """Once, at the first row: raises `UserError` where a layer of a block never had any gradient but zero.
+        """Once, at the first row with a loss: raises `UserError` where a block's layer never had a gradient but zero.
 
         torch 2.11 compiled an autograd function that ended in a cast without effect to a gradient of zero: training
         went on, and the layers before it learned nothing. AdamW's first moment remembers what came.

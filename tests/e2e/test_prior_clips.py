@@ -10,6 +10,8 @@ import yaml
 from safetensors.torch import load_file
 
 CLIPS = ("clip0.mp4", "clip1.mp4")
+SEED_THAT_BEGINS_WITH_IT = 0
+"""Of a run over two clips: the second one, the prior, is its first sample."""
 
 
 @pytest.fixture
@@ -68,6 +70,14 @@ def test_the_first_loss_of_a_prior_clip_is_zero_and_batches_may_mix(
         load_file(tmp_path / name / "final/pytorch_lora_weights.safetensors") for name in ("plain", "themselves")
     ]
     assert all(bool((tensor == weights[1][key]).all()) for key, tensor in weights[0].items())
+
+
+def test_a_run_may_begin_with_a_prior_clip(make_job: Callable[..., Path], run_command: Any, tmp_path: Path) -> None:
+    """No loss, and so no gradient in any layer: nothing is wrong."""
+    done = run_command("train/lora.py", "--config", make_job("alone", batch_size=1, seed=SEED_THAT_BEGINS_WITH_IT))
+    assert done.code == 0, done.err
+    first, second, _ = losses(tmp_path / "alone")
+    assert first == 0 < second
 
 
 def test_the_plan_says_what_prior_clips_are_trained_towards(make_job: Callable[..., Path], run_command: Any) -> None:

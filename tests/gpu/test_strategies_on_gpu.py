@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,12 @@ def run(script: str, config: Path, num_gpus: int, environment: dict[str, str], *
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-4000:]
 
 
+def run_side_by_side(*runs: tuple[Any, ...]) -> None:
+    """Each of them `run`'s arguments; starting takes longer than training."""
+    with ThreadPoolExecutor(len(runs)) as pool:
+        list(pool.map(lambda arguments: run(*arguments), runs))
+
+
 def read_losses(folder: Path, key: str = "loss") -> list[float]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [row[key] for row in rows if key in row]
@@ -82,8 +89,10 @@ def test_a_strategy_trains_as_one_gpu_does(
         tracking={"log_every_steps": 1},
     )
     spread, one = tmp_path / "spread", tmp_path / "one"
-    run(script, config, NUM_GPUS, STRATEGIES[strategy], f"--output_dir={spread}")
-    run(script, config, 1, {}, f"--output_dir={one}", f"--train.batch_size={NUM_GPUS}")
+    run_side_by_side(
+        (script, config, NUM_GPUS, STRATEGIES[strategy], f"--output_dir={spread}"),
+        (script, config, 1, {}, f"--output_dir={one}", f"--train.batch_size={NUM_GPUS}"),
+    )
     tolerance = 1e-4 if dtype == "float32" else 2e-2
     assert read_losses(spread) == pytest.approx(read_losses(one), rel=tolerance)
     assert len(list((spread / "samples" / "step-000012").glob("*.mp4"))) == 2
@@ -110,8 +119,10 @@ def test_an_average_of_a_part_is_that_of_one_gpu(
         tracking={"log_every_steps": 1},
     )
     spread, one = tmp_path / "spread", tmp_path / "one"
-    run("train/sft.py", config, NUM_GPUS, STRATEGIES[strategy], f"--output_dir={spread}")
-    run("train/sft.py", config, 1, {}, f"--output_dir={one}", f"--train.batch_size={NUM_GPUS}")
+    run_side_by_side(
+        ("train/sft.py", config, NUM_GPUS, STRATEGIES[strategy], f"--output_dir={spread}"),
+        ("train/sft.py", config, 1, {}, f"--output_dir={one}", f"--train.batch_size={NUM_GPUS}"),
+    )
     for key in ("loss", "eval_loss"):
         assert read_losses(spread, key) == pytest.approx(read_losses(one, key), rel=2e-2)
     assert (spread / "final" / "model_index.json").is_file()

@@ -1,13 +1,14 @@
 """Which attention kernel a run takes, and what is refused before any weight is loaded."""
 
 import sys
+import types
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.attention as torch_attention
 
-from cogtune import attention_backends
+from cogtune import attention_backends, flash4
 from cogtune.attention_backends import (
     CLEARLY_FASTER,
     SDPA_BACKENDS,
@@ -140,3 +141,46 @@ def test_an_installed_package_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_installed("flash3")
     monkeypatch.delattr(torch_attention, "activate_flash_attention_impl")
     assert not is_installed("flash3"), "a PyTorch that can't hand attention to it"
+
+
+class Interface:
+    """The package's functions, of a release whose results have more parts than PyTorch expects."""
+
+    @staticmethod
+    def _flash_attn_fwd(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any
+    ) -> tuple[torch.Tensor | None, ...]:
+        scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * options["softmax_scale"]
+        out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value)
+        return out, scores.logsumexp(-1), None, None, None
+
+    @staticmethod
+    def _flash_attn_bwd(*inputs: torch.Tensor, **options: Any) -> tuple[torch.Tensor | None, ...]:
+        assert len(inputs) == 6 and options == {"softmax_scale": 0.5}
+        return inputs[0], inputs[1], inputs[2], None
+
+
+def test_any_release_of_flash_attention_4_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface")
+    modules = {name: types.ModuleType(name) for name in names}
+    modules[names[2]].__dict__.update(
+        {name: getattr(Interface, name) for name in ("_flash_attn_fwd", "_flash_attn_bwd")}
+    )
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    query, key, value = (torch.randn(1, 5, 2, 4) for _ in range(3))
+    out, lse = flash4._flash_attn_fwd(query, key, value, softmax_scale=0.5)
+    expected = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)))
+    torch.testing.assert_close(out.transpose(1, 2), expected)
+    assert lse.shape == (1, 2, 5)
+    assert flash4._flash_attn_bwd(query, key, value, out, out, lse, softmax_scale=0.5) == (query, key, value)
+
+
+@pytest.mark.skipif(not hasattr(torch_attention, "activate_flash_attention_impl"), reason="PyTorch older than 2.11")
+def test_flash_attention_4_goes_through_our_hands_and_is_given_back() -> None:
+    from torch.nn.attention import _fa4
+
+    with activated("flash4"):
+        assert torch_attention.current_flash_attention_impl() == flash4.IMPLEMENTATION
+        assert _fa4._FA4_MODULE_PATH == "cogtune.flash4"
+    assert torch_attention.current_flash_attention_impl() is None

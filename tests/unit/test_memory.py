@@ -167,6 +167,33 @@ def test_trained_blocks_keep_what_their_gates_multiply(tiny_folder: Path) -> Non
         assert trained - frozen == pytest.approx(more, abs=1)
 
 
+def count_trained(num_lean: int) -> float:
+    """GiB of 5B with 8-bit state, 49 frames of 720x480."""
+    facts = make_architecture_facts("cogvideox-5b")
+    meta = make_meta_transformer(facts)
+    plan = predict(
+        facts,
+        "keep_all",
+        num_parameters=0,
+        num_trainable=sum(p.numel() for p in meta.parameters()),
+        num_block_parameters=sum(p.numel() for p in meta.transformer_blocks[0].parameters()),
+        tokens=facts.num_tokens(49, 480, 720),
+        batch_size=1,
+        dtype=torch.bfloat16,
+        full=True,
+        eight_bit=True,
+        num_lean=num_lean,
+    )
+    return plan.total / GIB
+
+
+def test_prediction_is_near_the_measured_peaks_of_full_fine_tuning() -> None:
+    """On an H100: `keep_products` throughout, and `keep_all` for 3 of 42 blocks."""
+    assert count_trained(42) == pytest.approx(69.34, rel=0.02)
+    assert count_trained(39) == pytest.approx(71.85, rel=0.02)
+    assert count_trained(39) - count_trained(42) == pytest.approx(71.85 - 69.34, abs=0.2), "what keep_all adds"
+
+
 def test_streamed_weights_and_offloaded_activations_leave_the_device(tiny_folder: Path) -> None:
     facts = replace(read_facts(tiny_folder), num_layers=10)
     sizes = {"num_parameters": 1100, "num_trainable": 10, "tokens": 100, "batch_size": 3, "dtype": torch.bfloat16}

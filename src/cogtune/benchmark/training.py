@@ -146,6 +146,7 @@ class TrainingBench:
 
     def clear(self) -> None:
         """Gives back a variant's memory and compiled code."""
+        self.accelerator.free_memory()  # it keeps what it has prepared
         torch._dynamo.reset()
         gc.collect()
         if self.device.type == "cuda":

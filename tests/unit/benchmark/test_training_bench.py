@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,22 @@ def test_train_measures_each_way_and_its_ratio_to_the_baseline(tmp_path: Path) -
         assert low <= row["gradient_error"] < high, name
     table = training.describe(results)
     assert table.count(" x diffusers") == 5 and "1.00 x diffusers" in table
+
+
+def test_a_variant_s_model_is_gone_before_the_next_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    alive: list[int] = []
+    make = training.make_random_transformer
+
+    def make_noted(*arguments: Any, **options: Any) -> Any:
+        alive.append(sum(transformer() is not None for transformer in made))
+        transformer = make(*arguments, **options)
+        made.append(weakref.ref(transformer))
+        return transformer
+
+    monkeypatch.setattr(training, "make_random_transformer", make_noted)
+    training.run(bench("--variants", "recompute+eager,keep_all+eager", "--baseline", "diffusers"))
+    assert alive == [0, 0, 0]
 
 
 @pytest.mark.parametrize("model", ["tiny-i2v", "tiny-1.5", "tiny-1.5-i2v"])
