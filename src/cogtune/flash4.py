@@ -1,7 +1,7 @@
 """FlashAttention-4 for PyTorch's flash attention, whichever release of the package is installed.
 
 PyTorch (`torch.nn.attention`, from 2.11 on) finds the two functions below by name in the module that it is given, and
-expects two tensors of the first. Releases of the package from 4.0.0b17 on return more, which is cut off here.
+expects two tensors of the first. Newer releases of the package (4.0.0b20 and later) return more, which is cut off here.
 Its kernels are compiled when they are first called, in some five seconds.
 """
 

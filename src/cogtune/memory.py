@@ -43,9 +43,9 @@ WORKSPACE_UNITS: dict[Activations, float] = {
 
 Both fitted to peaks on H100s with compiled blocks, rank 64, batch 1 (docs/memory.md): 5B in bfloat16 resident and on
 rungs under 24, 16, 12, 8 and 6 GB, 2B under 6 GB, 1.5-5B-I2V's 45,104 tokens under 24 GB. Those under caps come out
-within 4 % (`test_memory.py`), everything resident within 7: `keep_products` and `keep_all` 4 to 6 % too low, since they
-were measured while stacks of weights and updates (`low_rank`, 0.7 units in 5B by the count) were kept too. Blocks that
-are not compiled keep more.
+within 4 % (`test_memory.py`), everything resident within 7: `keep_products` 4 % too low, since it was measured while
+stacks of weights and updates (`low_rank`, 0.7 units in 5B by the count) were kept too; `keep_all`, measured without
+them, within 1. Blocks that are not compiled keep more.
 """
 TRAINED_KEPT_UNITS: dict[Activations, float] = {"keep_products": 1.6, "keep_all": 5.9}
 """Kept on top where all weights are trained: trained gates need the feed-forward's output, which they multiply, and

@@ -55,6 +55,7 @@ def predict_released(
     [
         ("cogvideox-5b", torch.bfloat16, "recompute", 17.74),
         ("cogvideox-5b", torch.bfloat16, "keep_attention", 21.70),
+        ("cogvideox-5b", torch.bfloat16, "keep_all", 69.06),
         ("cogvideox-2b", torch.float16, "recompute", 7.19),
         ("cogvideox-2b", torch.float16, "keep_all", 31.7),
     ],
