@@ -111,8 +111,9 @@ def choose_sampling_backend(facts: ModelFacts, tokens: int, dtype: torch.dtype, 
     if device.type != "cuda" or not (is_installed("flash3") or is_installed("flash4")):
         return "default"
     timings = measure_backends(
-        batch_size=2, num_heads=facts.num_heads, tokens=tokens, head_dim=facts.head_dim, dtype=dtype, device=device
-    )
+        batch_size=2, num_heads=facts.num_heads, tokens=tokens, head_dim=facts.head_dim, dtype=dtype, device=device,
+        backward=False,
+    )  # fmt: skip
     best: Backend = "default"
     for name, timing in timings.items():
         if best == "default" or timing.forward < timings[best].forward:

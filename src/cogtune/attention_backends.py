@@ -127,9 +127,12 @@ def check_backend(
 
 
 def measure_backends(
-    *, candidates: tuple[Backend, ...] | None = None, **layer: Unpack[Layer]
+    *, candidates: tuple[Backend, ...] | None = None, backward: bool = True, **layer: Unpack[Layer]
 ) -> dict[Backend, BackendTiming]:
-    """Seconds by backend for those that take this layer on its device; on a CPU the default alone."""
+    """Seconds by backend for those that take this layer on its device; on a CPU the default alone.
+
+    Not `backward`: the forward pass alone is tried, and compiled where that is needed; the other one counts as nothing.
+    """
     device = layer["device"]
     if candidates is None:
         candidates = _CANDIDATES if device.type == "cuda" else ("default",)
@@ -139,7 +142,7 @@ def measure_backends(
     query, key, value, grad = (
         torch.randn(shape, device=device, dtype=layer["dtype"], generator=generator).transpose(1, 2) for _ in range(4)
     )
-    inputs = (query.requires_grad_(), key.requires_grad_(), value.requires_grad_())
+    inputs = (query.requires_grad_(backward), key.requires_grad_(backward), value.requires_grad_(backward))
     found: dict[Backend, BackendTiming] = {}
     for backend in candidates:
         if not is_installed(backend):
@@ -177,7 +180,8 @@ def _measure(
             marks = [_now(device)]
             y = torch.nn.functional.scaled_dot_product_attention(inputs[0], inputs[1], inputs[2])
             marks.append(_now(device))
-            torch.autograd.grad(y, inputs, grad)
+            if y.requires_grad:
+                torch.autograd.grad(y, inputs, grad)
             marks.append(_now(device))
             best = min(best, (marks[1] - marks[0], marks[2] - marks[1]), key=sum)
     return BackendTiming(*best)
@@ -204,3 +208,10 @@ def choose_backend(wanted: Literal["auto"] | Backend, timings: dict[Backend, Bac
         if best == "default" or timing.total < CLEARLY_FASTER * timings[best].total:
             best = backend
     return best
+
+
+def hint_at_package(device: torch.device) -> str:
+    """What to install for a faster kernel on this device, in brackets; empty where nothing is known to be."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9 or is_installed("flash4"):
+        return ""
+    return " (FlashAttention-4 is faster on this GPU: pip install 'cogtune[flash4]')"

@@ -35,15 +35,22 @@ def _flash_attn_fwd(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output [B, S, H, D] of q, k, v [B, S, H, D], and the logarithm of the sums, float32 [B, H, S]."""
-    out, lse = _interface()._flash_attn_fwd(query, key, value, **options)[:2]
+    out, lse = _call("_flash_attn_fwd", query, key, value, **options)[:2]
     return out, lse
 
 
 def _flash_attn_bwd(*inputs: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v from (q, k, v, out, its gradient, lse)."""
-    dq, dk, dv = _interface()._flash_attn_bwd(*inputs, **options)[:3]
+    dq, dk, dv = _call("_flash_attn_bwd", *inputs, **options)[:3]
     return dq, dk, dv
 
 
-def _interface() -> Any:
-    return importlib.import_module("flash_attn.cute.interface")
+def _call(name: str, *inputs: torch.Tensor, **options: Any) -> Any:
+    """Raises `RuntimeError` for whatever the package or its compiler has against a device or a shape, as kernels do."""
+    try:
+        return getattr(importlib.import_module("flash_attn.cute.interface"), name)(*inputs, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise RuntimeError(f"FlashAttention-4 does not run here: {reason}") from error

@@ -17,7 +17,7 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
 from cogtune.attention import install_attention
-from cogtune.attention_backends import Backend, pick_backend
+from cogtune.attention_backends import Backend, hint_at_package, pick_backend
 from cogtune.checkpoint import Checkpoint, CheckpointFolder, find_differences, read_checkpoint
 from cogtune.cluster.accelerator import WatchedAccelerator
 from cogtune.cluster.sharing import check_shared_folder
@@ -290,7 +290,8 @@ class Run:
         team = None if shared is None else shared.attention
         install_attention(transformer, backend, team, fuse=not plan.strategy.shards_weights)
         measured = ", ".join(f"{name} {1e3 * timing.total:.1f} ms" for name, timing in timings.items())
-        self.accelerator.print(f"attention   {backend}" + (f" (a layer's step: {measured})" if measured else ""))
+        measured = f" (a layer's step: {measured})" if measured else ""
+        self.accelerator.print(f"attention   {backend}{measured}{hint_at_package(device)}")
         return backend
 
     def _note_ways(self, backend: Backend) -> None:

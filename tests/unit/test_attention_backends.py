@@ -17,6 +17,7 @@ from cogtune.attention_backends import (
     activated,
     check_backend,
     choose_backend,
+    hint_at_package,
     is_installed,
     measure_backends,
     pick_backend,
@@ -156,7 +157,8 @@ class Interface:
 
     @staticmethod
     def _flash_attn_bwd(*inputs: torch.Tensor, **options: Any) -> tuple[torch.Tensor | None, ...]:
-        assert len(inputs) == 6 and options == {"softmax_scale": 0.5}
+        if len(inputs) != 6 or options != {"softmax_scale": 0.5}:
+            raise KeyError("no such tile\n  at line 7")
         return inputs[0], inputs[1], inputs[2], None
 
 
@@ -174,6 +176,24 @@ def test_any_release_of_flash_attention_4_is_handed_over(monkeypatch: pytest.Mon
     torch.testing.assert_close(out.transpose(1, 2), expected)
     assert lse.shape == (1, 2, 5)
     assert flash4._flash_attn_bwd(query, key, value, out, out, lse, softmax_scale=0.5) == (query, key, value)
+    with pytest.raises(RuntimeError, match="FlashAttention-4 does not run here: 'no such tile"):
+        flash4._flash_attn_bwd(query, softmax_scale=0.5)
+
+
+def test_the_forward_pass_can_be_measured_alone() -> None:
+    both, alone = (
+        measure_backends(batch_size=1, tokens=24, device=CPU, backward=backward, **SHAPE)["default"]
+        for backward in (True, False)
+    )
+    assert both.backward > 10 * alone.backward and alone.forward > 0
+
+
+def test_a_faster_package_is_named_on_hopper_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hint_at_package(CPU) == ""
+    for major, installed, expected in ((9, False, True), (9, True, False), (8, False, False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device, major=major: (major, 0))
+        monkeypatch.setattr(attention_backends, "is_installed", lambda _backend, installed=installed: installed)
+        assert ("cogtune[flash4]" in hint_at_package(CUDA)) == expected
 
 
 @pytest.mark.skipif(not hasattr(torch_attention, "activate_flash_attention_impl"), reason="PyTorch older than 2.11")
