@@ -7,6 +7,7 @@ python train/lora.py --config ...                     the same on one device
 from cogtune.adapter import TrainedAdapter, add_lora
 from cogtune.agreement import agree_on_plan
 from cogtune.cli import parse_run
+from cogtune.cluster.whereabouts import enter
 from cogtune.errors import run_command
 from cogtune.model_card import make_adapter_card
 from cogtune.plan import make_adapter_plan
@@ -17,6 +18,7 @@ from cogtune.run_identity import check_output_folder
 
 def main() -> None:
     """Plan, encode, load, train, save."""
+    enter("planning")
     invocation = parse_run(__doc__ or "")
     config = invocation.config
     plan = make_adapter_plan(config)

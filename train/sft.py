@@ -6,6 +6,7 @@ python train/sft.py --config ...                      the same on one device
 
 from cogtune.agreement import agree_on_plan
 from cogtune.cli import parse_run
+from cogtune.cluster.whereabouts import enter
 from cogtune.errors import run_command
 from cogtune.full import TrainedModel
 from cogtune.model_card import make_model_card
@@ -17,6 +18,7 @@ from cogtune.run_identity import check_output_folder
 
 def main() -> None:
     """Plan, encode, load, train, save."""
+    enter("planning")
     invocation = parse_run(__doc__ or "")
     config = invocation.config
     plan = make_full_plan(config)

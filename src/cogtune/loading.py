@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import CogVideoXTransformer3DModel
 
+from cogtune.cluster.whereabouts import enter
 from cogtune.formats.tensors import open_safetensors
 from cogtune.memory import GIB, MemoryPlan, element_bytes
 from cogtune.models import ModelFacts, load_transformer, make_empty_transformer
@@ -25,6 +26,7 @@ class Loading:
 
     def load(self, facts: ModelFacts) -> CogVideoXTransformer3DModel:
         """The transformer, frozen, in evaluation mode: on the CPU, or empty."""
+        enter("loading the weights")
         return (make_empty_transformer if self.in_place else load_transformer)(facts, self.dtype)
 
     def describe(self) -> str:

@@ -117,6 +117,9 @@ def _summarise(
             ("loss", f"{steps[0]['loss']:.4f} at step {steps[0]['step']}, {last['loss']:.4f} at step {last['step']}"),
             ("seconds a step", f"{seconds[len(seconds) // 2]:.3f} (median)"),
         ]
+        launches = [row["start_seconds"] for row in steps if "start_seconds" in row]
+        if launches:
+            rows.append(("first step", _describe_start(launches[-1])))
         if last.get("peak_memory_gib") is not None:
             rows.append(("peak memory", f"{last['peak_memory_gib']:.1f} GiB"))
     if evaluations:
@@ -128,6 +131,14 @@ def _summarise(
             )
         )
     return rows
+
+
+def _describe_start(seconds: dict[str, float]) -> str:
+    """Of the newest launch: until its first row, by what took longest; parts below a twentieth are left out."""
+    total = sum(seconds.values())
+    parts = sorted(seconds.items(), key=lambda part: -part[1])
+    listed = ", ".join(f"{name} {spent:.1f}" for name, spent in parts if spent >= total / 20)
+    return f"{total:.1f} s after the launch: {listed}"
 
 
 def _smooth(steps: list[dict[str, Any]]) -> list[tuple[float, float]]:

@@ -274,6 +274,7 @@ class Run:
 
     def _choose_attention(self, transformer: Any, shared: SharedSample | None) -> Backend:
         """Measures the attention kernels for this run's shape and takes one."""
+        enter("measuring attention kernels")
         plan, config, device = self.plan, self.config, self.accelerator.device
         heads, tokens = plan.facts.num_heads, plan.tokens
         if shared is not None:
@@ -292,6 +293,7 @@ class Run:
         measured = ", ".join(f"{name} {1e3 * timing.total:.1f} ms" for name, timing in timings.items())
         measured = f" (a layer's step: {measured})" if measured else ""
         self.accelerator.print(f"attention   {backend}{measured}{hint_at_package(device)}")
+        enter("preparing to train")
         return backend
 
     def _note_ways(self, backend: Backend) -> None:

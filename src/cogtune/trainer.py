@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from cogtune.checkpoint import Checkpoint
 from cogtune.cluster.stopping import StopRequest
-from cogtune.cluster.whereabouts import enter, inside
+from cogtune.cluster.whereabouts import enter, inside, seconds_by_phase
 from cogtune.config import RunConfig
 from cogtune.dataset import Batch
 from cogtune.denoiser import Denoiser
@@ -110,7 +110,7 @@ class Trainer:
         self._saved_step = -1
         self._last_save = time.monotonic()
         self._stop = stop or StopRequest()
-        self._gradients_checked = self._asked = False
+        self._gradients_checked = self._asked = self._start_noted = False
         self._pending_flags: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -225,6 +225,9 @@ class Trainer:
         }
         if num_skipped := self._guard.num_skipped:
             row["skipped_steps"] = num_skipped
+        if not self._start_noted:
+            self._start_noted = True
+            row["start_seconds"] = seconds_by_phase()
         self._log.write(row)
         return row
 

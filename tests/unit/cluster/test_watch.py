@@ -1,6 +1,8 @@
 """The watch: meeting, losing a rank, failing on one, standing still; several ranks in this process, nothing ends it."""
 
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 
 from cogtune.cluster import watch as watch_module
+from cogtune.cluster import whereabouts as whereabouts_module
 from cogtune.cluster.hub import EXIT_LOST, Failure, Hub, compose
 from cogtune.cluster.watch import Watch, connect
 from cogtune.cluster.whereabouts import HERE, Whereabouts, enter, inside, move
@@ -50,6 +53,28 @@ def whereabouts() -> Iterator[None]:
     before = vars(HERE).copy()
     yield
     vars(HERE).update(before)
+
+
+def test_seconds_of_each_phase_add_up_to_the_process_s_age(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(whereabouts_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(whereabouts_module, "_process_age", lambda: 20.0)
+    vars(HERE).update(vars(Whereabouts()))
+    for phase, at in (("loading", 101.0), ("training", 104.0), ("loading", 110.0)):
+        now[0] = at
+        enter(phase)
+    now[0] = 112.0
+    assert whereabouts_module.seconds_by_phase() == {"starting": 9.0, "loading": 5.0, "training": 6.0}
+
+
+def test_a_process_knows_its_age() -> None:
+    started = time.time()
+    code = "from cogtune.cluster import whereabouts as w; print(w._process_age(), sum(w.seconds_by_phase().values()))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import time; time.sleep(0.3); {code}"], capture_output=True, text=True
+    )
+    age, total = map(float, done.stdout.split())
+    assert 0.25 < age <= total + 0.02 < time.time() - started + 0.1, done.stderr
 
 
 def test_ranks_meet_however_late_one_comes() -> None:
