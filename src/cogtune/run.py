@@ -292,7 +292,8 @@ class Run:
         install_attention(transformer, backend, team, fuse=not plan.strategy.shards_weights)
         measured = ", ".join(f"{name} {1e3 * timing.total:.1f} ms" for name, timing in timings.items())
         measured = f" (a layer's step: {measured})" if measured else ""
-        self.accelerator.print(f"attention   {backend}{measured}{hint_at_package(device)}")
+        hint = hint_at_package(device) if config.train.attention == "auto" else ""
+        self.accelerator.print(f"attention   {backend}{measured}{hint}")
         enter("preparing to train")
         return backend
 
