@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 
-from cogtune.acceleration import accelerate, decide_offload
+from cogtune.acceleration import accelerate, choose_sampling_backend, decide_offload
 from cogtune.adapter import TrainedAdapter, adapter_parameters, add_lora
 from cogtune.attention import install_attention
 from cogtune.benchmark.autoencoder import make_random_vae
@@ -207,7 +207,9 @@ class CappedRun:
             weights -= max(0, streamed - DEFAULT_SLOTS) * stream.flat[0].num_bytes
         else:
             place_pipeline(pipeline, self.device, vae_tiling=False)
-        coder = accelerate(pipeline, compiled=self.task.compile == "on", cache=None, coded=True)
+        backend = choose_sampling_backend(self.facts, tokens, self.dtype, self.device)
+        result["attention"] = backend
+        coder = accelerate(pipeline, compiled=self.task.compile == "on", cache=None, coded=True, backend=backend)
         workspace = sampling_workspace(tokens, self.facts.num_heads * self.facts.head_dim, self.dtype)
         self._clear()
         reset_peak(self.device)
