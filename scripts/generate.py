@@ -7,6 +7,12 @@ Image-to-video models: --image first.png. From a video (text-to-video models): -
 Several prompts, seeds or both give several files: out-00-1.mp4, out-00-2.mp4, ...
 """
 
+from cogtune.head_start import read_weights_ahead
+
+read_weights_ahead(
+    ("text_encoder", "transformer", "vae"), option="--model"
+)  # while the imports below take their seconds
+
 from cogtune.errors import run_command
 from cogtune.generation_options import check_files, describe_inputs, make_requests, output_path, parse_generation
 from cogtune.launch import read_launch

@@ -1,9 +1,11 @@
 """What tests share: tiny pipelines and clips made once, commands run in this process or in one of their own."""
 
 import os
+import tempfile
 
 # Before torch is imported: the machines that run the tests have few cores, and sums must not depend on their number.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("COGTUNE_CACHE", f"{tempfile.gettempdir()}/cogtune-tests")  # not the user's own
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

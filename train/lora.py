@@ -4,6 +4,10 @@ accelerate launch train/lora.py --config configs/lora/cogvideox-5b.yaml --data.m
 python train/lora.py --config ...                     the same on one device
 """
 
+from cogtune.head_start import read_weights_ahead
+
+read_weights_ahead(("transformer",))  # while the imports below take their seconds
+
 from cogtune.adapter import TrainedAdapter, add_lora
 from cogtune.agreement import agree_on_plan
 from cogtune.cli import parse_run

@@ -4,6 +4,10 @@ accelerate launch train/sft.py --config configs/sft/cogvideox-2b.yaml --data.man
 python train/sft.py --config ...                      the same on one device
 """
 
+from cogtune.head_start import read_weights_ahead
+
+read_weights_ahead(("transformer",))  # while the imports below take their seconds
+
 from cogtune.agreement import agree_on_plan
 from cogtune.cli import parse_run
 from cogtune.cluster.whereabouts import enter

@@ -32,7 +32,7 @@ from cogtune.encoding import embed
 from cogtune.errors import UserError
 from cogtune.joint_blocks import find_step_cache
 from cogtune.models import ModelFacts
-from cogtune.placement import place_in_turns, release_blocks
+from cogtune.placement import move_to_device, place_in_turns, release_blocks
 from cogtune.streaming.blocks import find_stream
 from cogtune.vae.frame_coder import FrameCoder
 from cogtune.video import ClipError, load_clip, load_image
@@ -144,7 +144,9 @@ def place_pipeline(
     elif offload == "sequential":
         pipeline.enable_sequential_cpu_offload(device=device)
     else:
-        pipeline.to(device)
+        for model in pipeline.components.values():
+            if isinstance(model, torch.nn.Module):
+                move_to_device(model, device)
 
 
 def explain_out_of_memory(error: BaseException) -> str:

@@ -1,6 +1,9 @@
 """Puts frozen models on the device: whole where they fit, or else with some of their blocks streamed from the host."""
 
+import itertools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,8 +12,10 @@ from torch import nn
 
 from cogtune.attention import fuse_projections
 from cogtune.errors import UserError
+from cogtune.host_threads import count_cores
 from cogtune.memory import GIB, MARGIN, SAMPLING_UNITS, free_device_bytes
 from cogtune.streaming.blocks import DEFAULT_SLOTS, all_tensors, count_bytes, find_stream, frozen_tensors, stream_blocks
+from cogtune.streaming.host import HostBuffer
 from cogtune.vae.frame_coder import FrameCoder
 
 TRANSFORMER_BLOCKS = "transformer_blocks"
@@ -18,6 +23,9 @@ TEXT_BLOCKS = "encoder.block"
 TEXT_WORKSPACE = 1 * GIB
 """Counted for T5-XXL and 8 texts of 226 tokens: attention's scores in three copies, the feed-forward's products."""
 RELEASED_PIXELS = 480 * 720
+_STAGE_BYTES = 128 << 20
+_STAGED_FROM = 1 << 20
+_STAGE_THREADS = 8
 
 
 def weight_bytes(module: nn.Module) -> int:
@@ -50,11 +58,57 @@ def count_residents(model: nn.Module, blocks_name: str, free_bytes: int | None, 
     return resident
 
 
+@torch.no_grad()
+def move_to_device(module: nn.Module, device: torch.device) -> None:
+    """`module.to(device)`; to a GPU by way of two page-locked buffers that several cores fill.
+
+    The driver, left to it, takes a file's pages over by one core.
+    """
+    if device.type != "cuda":
+        module.to(device)
+        return
+    try:
+        buffers = [HostBuffer(_STAGE_BYTES, page_locked=True) for _ in range(2)]
+    except UserError:  # a limit on locked memory
+        module.to(device)
+        return
+    numbers = [buffer.bytes.numpy() for buffer in buffers]
+    free: list[torch.cuda.Event] = [torch.cuda.Event() for _ in buffers]
+    turns = itertools.cycle(range(len(buffers)))
+    num_threads = max(1, min(_STAGE_THREADS, count_cores()))
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="placing") as pool:
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            is_plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.is_contiguous()
+            if tensor.device.type != "cpu" or not is_plain or tensor.nbytes < _STAGED_FROM:
+                return tensor.to(device)
+            there = torch.empty_like(tensor, device=device)
+            source, target = (x.detach().reshape(-1).view(torch.uint8) for x in (tensor, there))
+            for start in range(0, len(source), _STAGE_BYTES):
+                turn, piece = next(turns), source[start : start + _STAGE_BYTES].numpy()
+                free[turn].synchronize()
+                stripe = -(-len(piece) // num_threads)
+                ends = [(at, min(at + stripe, len(piece))) for at in range(0, len(piece), stripe)]
+                # numpy lets go of Python's lock while it copies, and counts no threads of its own.
+                list(pool.map(partial(_copy_stripe, numbers[turn], piece), ends))
+                target[start : start + len(piece)].copy_(buffers[turn].bytes[: len(piece)], non_blocking=True)
+                free[turn].record()
+            return there
+
+        module._apply(move)
+    torch.cuda.synchronize(device)  # before the buffers go
+
+
+def _copy_stripe(target: Any, source: Any, ends: tuple[int, int]) -> None:
+    target[ends[0] : ends[1]] = source[ends[0] : ends[1]]
+
+
 def place_text_encoder(encoder: nn.Module, device: torch.device) -> nn.Module:
     """The text encoder on the device, streamed where it doesn't fit; returns it."""
     resident = count_residents(encoder, TEXT_BLOCKS, free_device_bytes(device), TEXT_WORKSPACE)
     if resident is None:
-        return encoder.to(device)
+        move_to_device(encoder, device)
+        return encoder
     stream_blocks(encoder, TEXT_BLOCKS, device, num_resident=resident)
     return encoder
 

@@ -31,6 +31,7 @@ from cogtune.draws import derive_seed
 from cogtune.ema import Ema
 from cogtune.errors import UserError
 from cogtune.execution import allow_shapes, configure_blocks
+from cogtune.head_start import keep_kernels
 from cogtune.image_encoder import load_image_encoder
 from cogtune.machine import avoid_fragments
 from cogtune.memory import explain_out_of_memory
@@ -56,6 +57,7 @@ from cogtune.validator import Validator
 def start_accelerator(plan: DataPlan) -> Accelerator:
     """The process group and device. Precision is ours: no autocast, so training computes what inference computes."""
     follow_the_launcher()
+    keep_kernels()
     avoid_fragments(plan.device)
     with settings_of_our_own():
         return WatchedAccelerator(

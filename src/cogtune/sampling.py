@@ -26,6 +26,7 @@ from cogtune.generation import (
     place_pipeline,
 )
 from cogtune.generation_options import GenerationOptions
+from cogtune.head_start import keep_kernels
 from cogtune.joint_blocks import find_step_cache
 from cogtune.models import ModelFacts, choose_dtype
 from cogtune.parallel.videos import VideoRanks, share_video
@@ -65,6 +66,7 @@ def set_up(
     device: torch.device,
 ) -> Sampling:
     """Loads everything onto this rank's device for requests of one size; the first rank says what adapters touch."""
+    keep_kernels()
     num_steps = options.num_steps // ranks.teams.num_teams
     compiled = decide_compile(options.compile, device=device, offload=options.offload, num_steps=num_steps)
     dtype = choose_dtype(options.dtype, facts, device)

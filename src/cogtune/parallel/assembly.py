@@ -21,6 +21,7 @@ from cogtune.parallel.fully_sharded import (
     make_sharded_engine,
     shard_transformer,
 )
+from cogtune.placement import move_to_device
 from cogtune.plan import TrainingPlan
 from cogtune.saving import DeviceStore
 from cogtune.shards.filling import fill_module
@@ -36,7 +37,8 @@ def place_transformer(plan: TrainingPlan, trained: Any, device: torch.device) ->
     if whole and trained.host is None and not plan.strategy.shards_weights:
         if _is_empty(trained.transformer):
             _fill(plan, trained.transformer, device)
-        trained.transformer.to(device)
+        with inside("placing the weights"):
+            move_to_device(trained.transformer, device)
 
 
 def divide_transformer(plan: TrainingPlan, trained: Any, device: torch.device) -> DeviceMesh | None:
