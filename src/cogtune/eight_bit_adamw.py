@@ -10,6 +10,7 @@ the step has brought so far. So a single bad step can't do harm, whatever the st
 """
 
 import math
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -122,8 +123,9 @@ class EightBitAdamW(torch.optim.Optimizer):
             compile_it = partial(torch.compile, dynamic=True, fullgraph=True, backend=compiler)
             self._functions = [compile_it(function) for function in self._functions]
             self._warm_up()
+        own = weakref.ref(self)  # Python doesn't find a cycle through a hook: optimizer and weights would never go
         for index, parameter in enumerate(parameters):
-            parameter.register_post_accumulate_grad_hook(partial(self._update, index))
+            parameter.register_post_accumulate_grad_hook(partial(_update, own, index))
 
     def _warm_up(self) -> None:
         """Compiles before the backward pass, whose hooks run in a thread of autograd's."""
@@ -195,6 +197,12 @@ class EightBitAdamW(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing: no gradient outlives its hook."""
+
+
+def _update(optimizer: "weakref.ref[EightBitAdamW]", index: int, parameter: nn.Parameter) -> None:
+    own = optimizer()
+    assert own is not None, "the weights are trained on, but their optimizer is gone"
+    own._update(index, parameter)
 
 
 def _make_state(weight: Tensor) -> list[Tensor]:

@@ -1,5 +1,7 @@
 """AdamW inside the backward pass: against float32 AdamW, exact resume, bad gradients, blocks compiled or recomputed."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -262,3 +264,22 @@ def test_weights_change_while_the_backward_pass_goes_on_and_gradients_are_the_sa
     for name, parameter in stepping.named_parameters():
         assert parameter.grad is None
         assert not torch.equal(parameter, before[name]) or not seen[name].any(), name
+
+
+def test_weights_and_state_are_gone_with_their_optimizer() -> None:
+    """Python can't free a cycle through a tensor's hook, so there must be none."""
+    weight = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+    optimizer = EightBitAdamW([weight], OptimizerSettings(), seed=0)
+    weight.sum().backward()
+    left = weakref.ref(optimizer), weakref.ref(weight)
+    del optimizer, weight
+    gc.collect()
+    assert [each() for each in left] == [None, None]
+
+
+def test_training_without_the_optimizer_fails() -> None:
+    weight = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+    EightBitAdamW([weight], OptimizerSettings(), seed=0)
+    gc.collect()
+    with pytest.raises(AssertionError, match="optimizer is gone"):
+        weight.sum().backward()
