@@ -123,7 +123,8 @@ class EightBitAdamW(torch.optim.Optimizer):
             compile_it = partial(torch.compile, dynamic=True, fullgraph=True, backend=compiler)
             self._functions = [compile_it(function) for function in self._functions]
             self._warm_up()
-        own = weakref.ref(self)  # Python doesn't find a cycle through a hook: optimizer and weights would never go
+        own: weakref.ref[EightBitAdamW] = weakref.ref(self)
+        # Python doesn't find a cycle through a hook: optimizer and weights would never go
         for index, parameter in enumerate(parameters):
             parameter.register_post_accumulate_grad_hook(partial(_update, own, index))
 

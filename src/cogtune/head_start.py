@@ -12,6 +12,9 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from cogtune.launch import read_launch
+from cogtune.variants import VARIANTS
+
 CACHE_VARIABLE = "COGTUNE_CACHE"
 """Environment variable: the folder to keep compiled kernels in, else `cogtune` in the user's own cache folder."""
 _NUM_READERS = 4
@@ -29,10 +32,12 @@ def read_weights_ahead(
     model that isn't on the disk or would fill the memory: nothing is read, and nothing is said.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if int(os.environ.get("LOCAL_RANK") or 0) or any(flag in given for flag in ("-h", "--help", "--dry-run")):
+    if any(flag in given for flag in ("-h", "--help", "--dry-run")):
         return []
     pieces: list[tuple[Path, int]] = []
     with contextlib.suppress(Exception):  # a guess; who reads the arguments in earnest says what is wrong with them
+        if read_launch().local_rank:  # one process of a node reads
+            return []
         folder = _find_model(given, option)
         files = [path for part in parts for path in sorted((folder / part).glob("*.safetensors"))]
         if sum(path.stat().st_size for path in files) > _MOST_OF_FREE_MEMORY * _available_bytes():
@@ -59,7 +64,7 @@ def _read(pieces: list[tuple[Path, int]]) -> None:
 
 def _find_model(arguments: list[str], option: str) -> Path:
     """The folder of the model that the arguments name, where it is on this disk; raises whatever is wrong."""
-    import yaml
+    import yaml  # late, as below: who only wants kernels kept needs neither
 
     name, config = _value_of(arguments, option), _value_of(arguments, "--config")
     if name is None and config is not None:
@@ -70,8 +75,6 @@ def _find_model(arguments: list[str], option: str) -> Path:
     if path.is_dir():
         return path
     from huggingface_hub import try_to_load_from_cache
-
-    from cogtune.variants import VARIANTS  # imports PyTorch, which the command needs in any case
 
     row = VARIANTS.get(str(path))
     found = try_to_load_from_cache((row.hub_name if row else None) or str(path), "model_index.json")

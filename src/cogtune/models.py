@@ -164,7 +164,7 @@ def make_facts(folder: Path, transformer: dict[str, Any], vae: dict[str, Any], s
     return ModelFacts(
         folder=folder,
         variant=name,
-        dtype=row.dtype if row else (torch.bfloat16 if rotary else torch.float16),
+        dtype=getattr(torch, row.dtype) if row else (torch.bfloat16 if rotary else torch.float16),
         num_frames=row.num_frames if row else transformer.get("sample_frames", 49),
         height=row.height if row else transformer.get("sample_height", 60) * spatial,
         width=row.width if row else transformer.get("sample_width", 90) * spatial,
