@@ -179,7 +179,8 @@ class MemorySettings(Section):
     outputs only, or block inputs only (least memory, slowest); auto: the fastest that the plan says will fit."""
     resident_blocks: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Blocks whose frozen weights stay on the GPU; the others wait in page-locked host memory and are copied to the GPU
-    just in time. The same result; auto: as many as fit (docs/memory.md)."""
+    just in time; with `optimizer: 8bit` trained ones and AdamW's state too, which go back when they are updated. The
+    same result; auto: as many as fit (docs/memory.md)."""
     offloaded_blocks: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Blocks whose kept activations wait in host memory for the backward pass; the same result. auto: as is fastest."""
     lean_blocks: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
@@ -196,7 +197,8 @@ class MemorySettings(Section):
     optimizer: Literal["auto", "device", "host", "8bit"] = "auto"
     """Where full fine-tuning keeps its float32 weights and AdamW's state. host: in host memory, updated there beside
     the next forward pass; the GPU computes with streamed copies in `model.dtype` (not float16). auto: on the device if
-    they fit. 8bit: on the device, bfloat16 weights and AdamW's state in 8 bits; another result (docs/memory.md)."""
+    they fit. 8bit: bfloat16 weights and AdamW's state in 8 bits, on the device, or streamed as far as they don't fit;
+    another result (docs/memory.md)."""
     allow_8bit_optimizer: bool = False
     """Let `optimizer: auto` take 8bit where it is the fastest that fits."""
     allow_tf32: bool = True

@@ -11,7 +11,7 @@ the step has brought so far. So a single bad step can't do harm, whatever the st
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -93,9 +93,11 @@ class EightBitAdamW(torch.optim.Optimizer):
         settings: OptimizerSettings,
         *,
         seed: int,
+        state: Mapping[nn.Parameter, dict[str, Tensor]] | None = None,
         compiled: bool = False,
         compiler: str = "inductor",
     ) -> None:
+        """`state`: what there is of it (`make_state`), wherever it waits; what is missing is made at the first step."""
         defaults = {
             "lr": settings.learning_rate,
             "betas": settings.betas,
@@ -104,6 +106,7 @@ class EightBitAdamW(torch.optim.Optimizer):
         }
         super().__init__(parameters, defaults)
         assert all(p.dtype == torch.bfloat16 and p.is_contiguous() for p in parameters)
+        self.state.update(state or {})
         self.device = parameters[0].device
         self._seed = seed
         self._limit = torch.full((), settings.max_grad_norm or math.inf, device=self.device)
@@ -138,7 +141,7 @@ class EightBitAdamW(torch.optim.Optimizer):
             with torch.no_grad():
                 decide(*scalars[:4], self._limit)
                 update(weight, gradient, weight.float(), weight.float(), bits, scalars)
-                update_8bit(weight, gradient, _make_state(weight), self._tables, bits, scalars)
+                update_8bit(weight, gradient, list(_make_codes(weight).values()), self._tables, bits, scalars)
 
     @torch.no_grad()
     def _update(self, index: int, parameter: nn.Parameter) -> None:
@@ -147,11 +150,9 @@ class EightBitAdamW(torch.optim.Optimizer):
         assert gradient is not None
         parameter.grad = None
         quantized = is_quantized(parameter)
-        names = _NAMES_8BIT if quantized else _NAMES_FLOAT32
         state = self.state[parameter]
         if not state:
-            made = _make_state(parameter) if quantized else [torch.zeros_like(parameter.float()) for _ in range(2)]
-            state.update(zip(names, made, strict=True))
+            state.update(make_state(parameter))
         if not self._numbers:
             self._numbers = self._make_numbers()
         weight, gradient = parameter.detach().view(-1), gradient.reshape(-1)
@@ -160,7 +161,7 @@ class EightBitAdamW(torch.optim.Optimizer):
         self.squares, self.failed, *now = decide(norm, self.squares, self.failed, self._past, self._limit)
         numbers = [*now, *self._numbers]
         self._generator.manual_seed(derive_seed("rounding", self._seed, self.num_steps, index))
-        kept = [state[name].view(-1) for name in names]
+        kept = [state[name].view(-1) for name in (_NAMES_8BIT if quantized else _NAMES_FLOAT32)]
         for start in range(0, len(weight), CHUNK):
             piece = slice(start, start + CHUNK)
             size = len(weight[piece])
@@ -206,13 +207,19 @@ def _update(optimizer: "weakref.ref[EightBitAdamW]", index: int, parameter: nn.P
     own._update(index, parameter)
 
 
-def _make_state(weight: Tensor) -> list[Tensor]:
+def make_state(weight: Tensor) -> dict[str, Tensor]:
+    """A weight's moments before its first step, on its device."""
+    if is_quantized(weight):
+        return _make_codes(weight)
+    return {name: torch.zeros_like(weight.detach(), dtype=torch.float32) for name in _NAMES_FLOAT32}
+
+
+def _make_codes(weight: Tensor) -> dict[str, Tensor]:
     """Moments of zero: codes don't matter where the scale is zero."""
     count, device = weight.numel(), weight.device
-    return [
-        torch.zeros(size, dtype=dtype, device=device)
-        for size, dtype in [(count, torch.uint8), (count // BLOCK, torch.float32)] * 2
-    ]
+    sizes = [(count, torch.uint8), (count // BLOCK, torch.float32)] * 2
+    made = [torch.zeros(size, dtype=dtype, device=device) for size, dtype in sizes]
+    return dict(zip(_NAMES_8BIT, made, strict=True))
 
 
 class EightBitGuard:

@@ -132,6 +132,8 @@ class MemoryPlan:
     """Blocks with state on the host that the device updates, while the host's cores update the others."""
     eight_bit: bool = False
     """AdamW's state is in 8 bits, there are no float32 weights, and each gradient goes as soon as it comes."""
+    streams_trained: bool = False
+    """Streamed blocks are trained: weights and state come, are updated and go back."""
     coded: CodedWeights | None = None
     """How the blocks' frozen weights are kept in codes; None: they are exact."""
     seconds: float = 0.0
@@ -159,7 +161,7 @@ class MemoryPlan:
             parts.append(f"weights and optimizer on the host{where}")
         elif self.eight_bit:
             parts.append("bfloat16 weights and 8-bit optimizer state")
-        elif self.num_resident is not None:
+        if self.num_resident is not None and not self.on_host:
             parts.append(f"{self.num_resident} blocks resident, others streamed")
         if self.num_offloaded:
             under_way = f", {self.num_leaving} at once on their way" if self.num_leaving > 1 else ""
@@ -231,7 +233,7 @@ def predict(
     `num_more_kept`: tensors that a block keeps on top of `KEPT_UNITS`. `coded`: frozen weights of each block that are
     kept in codes.
     """
-    size = element_bytes(dtype)
+    size, streams_trained = element_bytes(dtype), eight_bit and num_resident is not None and not num_parameters
     saved = 0 if coded is None else coded.saved_bytes
     unit = activation_bytes(facts, tokens, batch_size, dtype)
     weights = (num_parameters - num_float8) * size + num_float8 * 2 - facts.num_layers * saved
@@ -240,12 +242,12 @@ def predict(
         facts.num_layers, units_kept(activations, full=full) + num_more_kept, num_offloaded, num_leaving,
         num_lean=num_lean, lean_units=units_kept(less, full=full) + num_more_kept,
     )  # fmt: skip
-    kept, host = int(kept * unit), int(offloaded * unit)
+    kept, host, away = int(kept * unit), int(offloaded * unit), 0
     if num_resident is not None:
         block = num_block_parameters * size + num_float8 * (2 - size) // facts.num_layers - saved
         host += block * facts.num_layers
-        slots = min(DEFAULT_SLOTS, facts.num_layers - num_resident)
-        weights -= block * (facts.num_layers - num_resident - slots)
+        away = max(0, facts.num_layers - num_resident - DEFAULT_SLOTS)
+        weights -= block * away
     trainable = num_trainable * TRAINED_BYTES
     if on_host:
         block = num_block_parameters * size
@@ -255,8 +257,13 @@ def predict(
         host += num_trainable * (2 * size + HOST_OPTIMIZER_BYTES)
     if eight_bit:
         weights += num_trainable * size
-        gradients = (num_block_parameters if num_block_trained is None else num_block_trained) * size
+        block_trained = num_block_parameters if num_block_trained is None else num_block_trained
+        gradients = block_trained * size
         trainable = int(num_trainable * EIGHT_BIT_STATE_BYTES) + gradients + CHUNK * UPDATE_BYTES
+        if streams_trained:  # a block's state comes and goes with its weights
+            state = int(block_trained * EIGHT_BIT_STATE_BYTES)
+            host += state * facts.num_layers
+            trainable -= state * away
     if strategy is not None and (strategy.is_fsdp or strategy.is_deepspeed):
         sizes = Sizes(num_parameters, num_trainable, num_block_parameters, facts.num_layers, full=full)
         divided = count_footprint(strategy, sizes, size)
@@ -285,6 +292,7 @@ def predict(
         on_host=on_host,
         num_updated=num_updated,
         eight_bit=eight_bit,
+        streams_trained=streams_trained,
         coded=coded,
     )
 
@@ -328,11 +336,9 @@ def explain_out_of_memory(plan: MemoryPlan, error: BaseException) -> str:
     """What to turn after the device ran out of memory."""
     first_line = str(error).splitlines()[0][:300]
     steps = [] if plan.activations == "recompute" else ["memory.mode=recompute"]
-    if plan.eight_bit:
-        saved = plan.weights + plan.trainable
-        steps.append(f"memory.optimizer=host (gives back up to {saved / GIB:.1f} GiB)")
-    elif plan.num_resident != 0 and not plan.on_host:
-        saved = plan.weights if plan.num_resident is None else plan.weights // (plan.num_resident + DEFAULT_SLOTS)
+    if plan.num_resident != 0 and not plan.on_host:
+        held = plan.weights + (plan.trainable if plan.eight_bit else 0)
+        saved = held if plan.num_resident is None else held // (plan.num_resident + DEFAULT_SLOTS)
         steps.append(f"memory.resident_blocks={_fewer(plan.num_resident)} (gives back up to {saved / GIB:.1f} GiB)")
     if not plan.num_offloaded:
         steps.append(f"memory.offloaded_blocks=99 (gives back up to {plan.kept / GIB:.1f} GiB)")

@@ -3,7 +3,6 @@
 import math
 import os
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
@@ -16,32 +15,23 @@ from cogtune.data_plan import DataPlan, make_data_plan, refuse_missing_files
 from cogtune.errors import UserError
 from cogtune.float8 import check_float8_device
 from cogtune.frozen import count_float8_parameters
-from cogtune.ladder import choose_rung, describe_rungs, list_rungs, sort_rungs
+from cogtune.ladder import choose_rung, describe_rungs
 from cogtune.launch import read_launch
 from cogtune.loading import Loading, plan_loading
 from cogtune.machine import Machine, measure_machine
-from cogtune.memory import (
-    EMA_BYTES,
-    GIB,
-    MemoryPlan,
-    activation_bytes,
-    element_bytes,
-    free_device_bytes,
-    predict,
-    units_kept,
-)
+from cogtune.memory import GIB, MemoryPlan, free_device_bytes
 from cogtune.models import ModelFacts
-from cogtune.optimizer_ways import check_optimizer, list_optimizer_ways
+from cogtune.optimizer_ways import check_optimizer
 from cogtune.parallel.compatibility import check_strategy
-from cogtune.parallel.shared_samples import check_context, kept_by_exchange
+from cogtune.parallel.shared_samples import check_context
 from cogtune.parallel.strategy import Strategy, read_strategy
-from cogtune.prior_penalty import check_prior_penalty, count_factor_bytes
-from cogtune.quantized_ways import check_quantized_base, list_base_ways
+from cogtune.prior_penalty import check_prior_penalty
+from cogtune.quantized_ways import check_quantized_base
 from cogtune.recorded_pass import check_cuda_graph
 from cogtune.shards.plan import count_saved_bytes, decide_asynchronous
-from cogtune.step_time import BlockTimes, count_updated, predict_seconds
 from cogtune.streaming.host import free_host_bytes
 from cogtune.trained_weights import choose_trained, count_frozen_in_blocks
+from cogtune.training_rungs import list_training_rungs
 
 
 @dataclass(frozen=True)
@@ -310,89 +300,3 @@ def _add_training(
         saves_beside_training=beside,
         saved_bytes=saved_bytes,
     )
-
-
-def list_training_rungs(
-    facts: ModelFacts,
-    config: RunConfig,
-    *,
-    dtype: torch.dtype,
-    machine: Machine,
-    tokens: int,
-    free_bytes: int | None,
-    num_parameters: int,
-    num_trainable: int,
-    num_float8: int = 0,
-    image_pixels: int = 0,
-    strategy: Strategy = Strategy(),  # noqa: B008  # immutable
-    full: bool | None = None,
-    frozen_in_block: int | None = None,
-) -> list[MemoryPlan]:
-    """The ladder of a run; raises `UserError` for streaming where nothing can be streamed.
-
-    `full`: the model's own weights are trained; default: where none is frozen. `frozen_in_block`: numbers, if not all.
-    """
-    settings, batch_size = config.memory, config.train.batch_size
-    frozen = bool(num_parameters)
-    full = not frozen if full is None else full
-    divided = strategy.is_fsdp or strategy.is_deepspeed
-    streamable = frozen and not config.train.cuda_graph and not divided
-    asked = settings.resident_blocks != "auto" and settings.resident_blocks < facts.num_layers
-    if asked and not streamable:
-        why = "train.cuda_graph records addresses" if frozen else "full fine-tuning (train/sft.py) freezes no weight"
-        raise UserError(
-            f"memory.resident_blocks={settings.resident_blocks}: frozen weights are streamed, but {why}; remove one"
-        )
-    if config.train.cuda_graph and settings.offloaded_blocks not in ("auto", 0):
-        raise UserError(
-            f"memory.offloaded_blocks={settings.offloaded_blocks}: can't go with train.cuda_graph; remove one of them"
-        )
-    if config.train.cuda_graph or divided:
-        settings = settings.model_copy(update={"offloaded_blocks": 0})
-    meta = models.make_meta_transformer(facts)
-    block = meta.transformer_blocks[0]
-    num_block = sum(p.numel() for p in block.parameters())
-    sharing = config.train.context_parallel
-    times = BlockTimes.of(facts, tokens, batch_size, machine, num_ranks=sharing)
-    num_more_kept = kept_by_exchange(config, facts.num_heads)
-    tokens = -(-tokens // sharing)  # of one rank
-    unit = activation_bytes(facts, tokens, batch_size, dtype)
-
-    def time_of(plan: MemoryPlan) -> float:
-        return predict_seconds(
-            plan,
-            times,
-            machine,
-            num_layers=facts.num_layers,
-            block_bytes=num_block * element_bytes(dtype),
-            kept_bytes=lambda activations: (units_kept(activations, full=full) + num_more_kept) * unit,
-            weight_gradients=full,
-        )
-
-    count = partial(
-        predict,
-        facts,
-        num_parameters=num_parameters,
-        num_trainable=num_trainable,
-        tokens=tokens,
-        batch_size=batch_size,
-        dtype=dtype,
-        num_float8=num_float8,
-        num_encoder=models.count_image_encoder(facts),
-        image_pixels=image_pixels,
-        num_block_parameters=num_block if frozen_in_block is None or not frozen or divided else frozen_in_block,
-        num_block_trained=min(num_block, num_trainable),
-        ema_bytes=EMA_BYTES * num_trainable if config.train.ema_decay is not None else 0,
-        ema_on_host=config.train.ema_on_host,
-        penalty_bytes=count_factor_bytes(meta, config) if config.train.prior_penalty and not full else 0,
-        full=full,
-        strategy=strategy,
-        num_more_kept=num_more_kept,
-    )
-    shape = {"num_layers": facts.num_layers, "free_bytes": free_bytes, "streamable": streamable}
-    of_state = full and not divided
-    ways = list_optimizer_ways(config, dtype, free_bytes) if of_state else list_base_ways(config, block, dtype)
-    if free_bytes is not None:  # a CPU has no link
-        updated = {"num_updated": count_updated(facts.num_layers, machine)}
-        ways = [way | updated if "on_host" in way else way for way in ways]
-    return sort_rungs([rung for way in ways for rung in list_rungs(partial(count, **way), time_of, settings, **shape)])

@@ -19,6 +19,7 @@ from cogtune.ema import Ema
 from cogtune.formats.tensors import Tensors, hold
 from cogtune.shards.parts import ParameterParts, Parts, make_saved_state, write_parts
 from cogtune.shards.stored import StoredTensors
+from cogtune.streaming.trained import TrainedStream
 
 OPTIMIZER = "optimizer.safetensors"
 EMA = "ema.safetensors"
@@ -94,7 +95,7 @@ class Saver(Protocol):
 
 
 class DeviceStore:
-    """Weights and state that are whole on this process's device, or host."""
+    """Weights and state that are whole on this process's device, or its host, or now here, now there."""
 
     def __init__(
         self,
@@ -102,16 +103,20 @@ class DeviceStore:
         optimizer: torch.optim.Optimizer,
         *,
         host: Any = None,
+        stream: TrainedStream | None = None,
         is_main: bool = True,
     ) -> None:
-        self._parameters, self._optimizer, self._is_main = parameters, optimizer, is_main
-        self.parts = ParameterParts(parameters, optimizer, publish=None if host is None else host.publish_all)
+        """`host`: float32 weights there (`host_training.HostWeights`). `stream`: blocks that come and go with their
+        state; of these the host's copies are read and written."""
+        self._is_main = is_main
+        publish = stream.forget if stream is not None else None if host is None else host.publish_all
+        self.parts = ParameterParts(parameters, optimizer, publish=publish, copies=stream)
 
     def read_weights(self) -> dict[str, Tensor]:
         """`Store.read_weights`."""
         if not self._is_main:
             return {}
-        return {name: p.detach().cpu().contiguous() for name, p in self._parameters.items()}
+        return {name: p.detach().cpu().contiguous() for name, p in self.parts.weights().items()}
 
     def read_optimizer(self) -> dict[str, Tensor]:
         """`Store.read_optimizer`."""
@@ -122,11 +127,10 @@ class DeviceStore:
     def largest_moments(self) -> dict[str, Tensor]:
         """`Store.largest_moments`; of 8-bit state, the scales'."""
         found = {}
-        for name, parameter in self._parameters.items():
-            state = self._optimizer.state.get(parameter, {})
-            moment = state.get("exp_avg", state.get("exp_avg_scales"))
-            if moment is not None:
-                found[name] = moment.abs().max()
+        for name, value in self.parts.state().items():
+            owner, key = name.rsplit(".", 1)
+            if key in ("exp_avg", "exp_avg_scales"):
+                found[owner] = value.abs().max()
         return found
 
     def write_weights(self, weights: Tensors) -> None:

@@ -92,6 +92,13 @@ class _Block:
     backward: float
     weights: float
     leaving: float
+    state: float = 0.0
+    """What comes for the backward pass on top of the weights, where both go back after it."""
+
+    @property
+    def returning(self) -> float:
+        """What goes back after the backward pass."""
+        return self.weights + self.state if self.state else 0.0
 
 
 def count_updated(num_layers: int, machine: Machine) -> int:
@@ -113,11 +120,13 @@ def predict_seconds(
     num_layers: int,
     block_bytes: int,
     kept_bytes: Callable[[Activations], float],
+    state_bytes: float = 0.0,
     weight_gradients: bool,
 ) -> float:
     """A step of all blocks, and a little for each copy even where it is hidden.
 
-    `block_bytes` are those of an exact block, `kept_bytes` what a block keeps.
+    `block_bytes` are those of an exact block, `kept_bytes` what a block keeps, `state_bytes` a block's optimizer state
+    where it is streamed with the weights.
     """
     block_bytes -= plan.coded.saved_bytes if plan.coded else 0
     decoding = (plan.coded.moved_bytes if plan.coded else 0) * _FLOPS_A_BYTE / machine.flops
@@ -141,9 +150,10 @@ def predict_seconds(
                 own + decoding * (1 + _RECOMPUTED[way][0]),
                 block_bytes / machine.link if number in streamed else 0.0,
                 leaving[number] / machine.link,
+                state_bytes / machine.link if plan.streams_trained and number in streamed else 0.0,
             )
         )
-    copying = sum(2 * (block.weights + block.leaving) for block in blocks)
+    copying = sum(2 * (block.weights + block.leaving) + block.returning + block.state for block in blocks)
     return _follow(blocks, plan.num_leaving) + _COPY_SHARE * copying
 
 
@@ -194,7 +204,7 @@ class _Weights:
 
     def __init__(self, blocks: list[_Block]) -> None:
         self._order = [number for number, block in enumerate(blocks) if block.weights]
-        self._seconds = {number: blocks[number].weights for number in self._order}
+        self._blocks, self._back = blocks, False
         self._ready = dict.fromkeys(self._order[:DEFAULT_SLOTS], 0.0)
 
     def ready(self, number: int) -> float:
@@ -203,15 +213,20 @@ class _Weights:
 
     def leave(self, number: int, now: float, inward: float) -> float:
         """A block's slot goes to the next one; when the link is free after it."""
-        if number not in self._seconds:
+        block = self._blocks[number]
+        if not block.weights:
             return inward
         following = self._order.index(number) + DEFAULT_SLOTS
         if following < len(self._order):
-            inward = max(inward, now) + self._seconds[number]
+            if self._back and block.state:  # what was updated leaves the slot first
+                inward = max(inward, now + block.returning) + (block.weights + block.state) / _BOTH_WAYS
+            else:
+                inward = max(inward, now) + block.weights
             self._ready[self._order[following]] = inward
         return inward
 
     def turn(self) -> None:
         """The backward pass begins, with the last ones there."""
+        self._back = True
         self._order.reverse()
         self._ready = {number: self._ready[number] for number in self._order[:DEFAULT_SLOTS]}

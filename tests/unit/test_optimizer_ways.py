@@ -13,8 +13,8 @@ from cogtune.memory import GIB, MemoryPlan
 from cogtune.models import make_meta_transformer
 from cogtune.optimizer_ways import check_optimizer, list_optimizer_ways
 from cogtune.parallel.strategy import Strategy
-from cogtune.plan import list_training_rungs
 from cogtune.random_pipeline import make_architecture_facts
+from cogtune.training_rungs import list_training_rungs
 
 FACTS = make_architecture_facts("cogvideox-5b")
 DEVICE, EIGHT, HOST = {}, {"eight_bit": True}, {"on_host": True}

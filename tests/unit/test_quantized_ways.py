@@ -12,8 +12,8 @@ from cogtune.machine import NOMINAL, Machine
 from cogtune.memory import GIB, MARGIN, MemoryPlan
 from cogtune.models import make_meta_transformer, read_facts
 from cogtune.parallel.strategy import Strategy
-from cogtune.plan import list_training_rungs
 from cogtune.quantized_ways import check_quantized_base, count_coded, list_base_ways
+from cogtune.training_rungs import list_training_rungs
 
 HOST = 110 * GIB
 

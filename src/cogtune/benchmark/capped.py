@@ -15,13 +15,13 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 
 from cogtune.acceleration import accelerate, choose_sampling_backend, decide_offload
-from cogtune.adapter import TrainedAdapter, adapter_parameters, add_lora
+from cogtune.adapter import TrainedAdapter, add_lora, count_adapter_parameters
 from cogtune.attention import install_attention
 from cogtune.benchmark.autoencoder import make_random_vae
 from cogtune.benchmark.clock import Marks, peak_memory, reset_peak, synchronize
 from cogtune.benchmark.training import TrainingBench
 from cogtune.config import MemorySettings
-from cogtune.eight_bit_adamw import EightBitAdamW, EightBitGuard
+from cogtune.eight_bit_adamw import EightBitAdamW, EightBitGuard, make_state
 from cogtune.encoding import embed_tokens
 from cogtune.execution import configure_blocks
 from cogtune.frozen import encode_base, encode_block
@@ -31,6 +31,7 @@ from cogtune.host_training import HostAdamW, HostStepGuard
 from cogtune.ladder import choose_rung
 from cogtune.machine import measure_machine
 from cogtune.memory import GIB, free_device_bytes
+from cogtune.models import make_meta_transformer
 from cogtune.optimization import StepGuard, make_optimizer
 from cogtune.placement import (
     TEXT_BLOCKS,
@@ -40,11 +41,12 @@ from cogtune.placement import (
     sampling_workspace,
     weight_bytes,
 )
-from cogtune.plan import list_training_rungs
 from cogtune.random_pipeline import ARCHITECTURES, make_random_on_host, make_text_config
 from cogtune.streaming.blocks import DEFAULT_SLOTS, find_stream, stream_blocks
 from cogtune.streaming.host import free_host_bytes
+from cogtune.streaming.trained import find_trained_stream, stream_trained_blocks
 from cogtune.trainer import Trainer
+from cogtune.training_rungs import list_training_rungs
 
 
 class CappedRun:
@@ -87,11 +89,9 @@ class CappedRun:
     def _train(self) -> dict[str, Any]:
         """LoRA, or full fine-tuning, on the rung that a run would take."""
         full = self.task.job == "sft"
-        transformer = self._make_transformer(torch.float32 if full else self.dtype)
-        num_parameters = sum(p.numel() for p in transformer.parameters())
-        if not full:
-            add_lora(transformer, self.config.adapter, seed=1)
-        num_trainable = num_parameters if full else sum(p.numel() for p in adapter_parameters(transformer).values())
+        meta = make_meta_transformer(self.facts)
+        num_parameters = sum(p.numel() for p in meta.parameters())
+        num_trainable = num_parameters if full else count_adapter_parameters(meta, self.config.adapter)
         free, machine = free_device_bytes(self.device), measure_machine(self.device, self.dtype)
         rungs = list_training_rungs(
             self.facts,
@@ -104,7 +104,9 @@ class CappedRun:
             num_trainable=num_trainable,
         )
         rung = choose_rung(rungs, self.settings, free, self.free_host)
+        transformer = self._make_transformer(torch.float32 if full and not rung.eight_bit else self.dtype)
         if not full:
+            add_lora(transformer, self.config.adapter, seed=1)
             trained = TrainedAdapter(transformer, "")
         else:
             trained = TrainedModel(
@@ -120,7 +122,11 @@ class CappedRun:
         if not full and rung.num_resident is None and not rung.quantized:
             transformer.to(self.device)
         self._install_attention(transformer)
-        if rung.num_resident is not None:
+        if rung.num_resident is not None and rung.streams_trained:
+            stream_trained_blocks(
+                transformer, TRANSFORMER_BLOCKS, self.device, num_resident=rung.num_resident, make_state=make_state
+            )
+        elif rung.num_resident is not None:
             prepare = partial(encode_block, kind=rung.quantized) if rung.quantized else None
             resident = rung.num_resident
             stream_blocks(transformer, TRANSFORMER_BLOCKS, self.device, num_resident=resident, prepare=prepare)
@@ -163,7 +169,9 @@ class CappedRun:
         if eight_bit:
             parameters = list(trained.parameters().values())
             compiled = self.task.compile == "on"
-            optimizer = EightBitAdamW(parameters, self.config.optimizer, seed=0, compiled=compiled)
+            stream = find_trained_stream(trained.transformer)
+            state = None if stream is None else stream.state
+            optimizer = EightBitAdamW(parameters, self.config.optimizer, seed=0, state=state, compiled=compiled)
             guard = EightBitGuard(optimizer)
         elif trained.host is None:
             optimizer = make_optimizer(list(trained.parameters().values()), self.config.optimizer)

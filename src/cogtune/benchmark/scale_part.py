@@ -29,8 +29,8 @@ from cogtune.machine import measure_machine
 from cogtune.memory import GIB, MemoryPlan, free_device_bytes
 from cogtune.parallel.assembly import divide_transformer, make_engine, place_transformer
 from cogtune.parallel.strategy import Strategy, read_strategy, settings_of_our_own
-from cogtune.plan import list_training_rungs
 from cogtune.random_pipeline import make_random_transformer
+from cogtune.training_rungs import list_training_rungs
 
 
 class Part:

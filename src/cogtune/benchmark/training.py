@@ -44,6 +44,7 @@ from cogtune.saving import DeviceStore
 from cogtune.shards.ranks import Ranks
 from cogtune.shards.saver import ShardedSaver, ShardedState
 from cogtune.shards.writer import CheckpointWriter
+from cogtune.streaming.trained import find_trained_stream
 from cogtune.tracking import MetricsLog
 from cogtune.trainer import Recent, Trained, Trainer
 
@@ -277,7 +278,8 @@ class TrainingBench:
 
     def make_engine(self, trained: Trained, optimizer: torch.optim.Optimizer, guard: Guard) -> Engine:
         """The loop's engine on this device alone; DDP in a launch."""
-        store = DeviceStore(trained.parameters(), optimizer, host=trained.host)
+        stream = find_trained_stream(trained.transformer)
+        store = DeviceStore(trained.parameters(), optimizer, host=trained.host, stream=stream)
         model = self.accelerator.prepare_model(trained.transformer)
         return make_replicated_engine(self.accelerator, model, optimizer, guard, store)
 

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch.distributed.device_mesh import DeviceMesh
 
 from cogtune.cluster.whereabouts import inside
-from cogtune.eight_bit_adamw import EightBitAdamW, EightBitGuard
+from cogtune.eight_bit_adamw import EightBitAdamW, EightBitGuard, make_state
 from cogtune.frozen import encode_base, encode_block, quantize_base, quantize_block
 from cogtune.host_training import HostAdamW, HostStepGuard
 from cogtune.optimization import StepGuard, group_parameters, make_optimizer
@@ -26,6 +26,7 @@ from cogtune.plan import TrainingPlan
 from cogtune.saving import DeviceStore
 from cogtune.shards.filling import fill_module
 from cogtune.streaming.blocks import stream_blocks
+from cogtune.streaming.trained import find_trained_stream, stream_trained_blocks
 
 
 def place_transformer(plan: TrainingPlan, trained: Any, device: torch.device) -> None:
@@ -51,7 +52,11 @@ def divide_transformer(plan: TrainingPlan, trained: Any, device: torch.device) -
             _fill(plan, transformer, torch.device("cpu") if plan.strategy.offload_weights else device)
         return mesh
     kind = plan.memory.quantized
-    if num_resident is not None and trained.host is None:
+    if num_resident is not None and plan.memory.streams_trained:
+        stream_trained_blocks(
+            transformer, "transformer_blocks", device, num_resident=num_resident, make_state=make_state
+        )
+    elif num_resident is not None and trained.host is None:
         encode = partial(encode_block, kind=kind) if kind else None
         prepare = quantize_block if plan.num_float8 else encode
         stream_blocks(transformer, "transformer_blocks", device, num_resident=num_resident, prepare=prepare)
@@ -98,9 +103,14 @@ def make_engine(accelerator: Accelerator, plan: TrainingPlan, trained: Any, mesh
     trained.transformer._ddp_params_and_buffers_to_ignore = [*known, *frozen]
     # On a CPU each process's device has a number; streamed weights, which are away, would be moved there.
     model = accelerator.prepare_model(trained.transformer, device_placement=device.type != "cpu")
+    stream = find_trained_stream(trained.transformer)
     if plan.memory.eight_bit:
         optimizer = EightBitAdamW(
-            list(parameters.values()), settings, seed=plan.config.train.seed, compiled=plan.compiled
+            list(parameters.values()),
+            settings,
+            seed=plan.config.train.seed,
+            state=None if stream is None else stream.state,
+            compiled=plan.compiled,
         )
         guard: Guard = EightBitGuard(optimizer)
     elif trained.host is not None:
@@ -109,5 +119,5 @@ def make_engine(accelerator: Accelerator, plan: TrainingPlan, trained: Any, mesh
     else:
         optimizer = make_optimizer(group_parameters(parameters, settings), settings)
         guard = StepGuard(device, use_loss_scale=use_scale, max_grad_norm=settings.max_grad_norm)
-    store = DeviceStore(parameters, optimizer, host=trained.host, is_main=is_main)
+    store = DeviceStore(parameters, optimizer, host=trained.host, stream=stream, is_main=is_main)
     return make_replicated_engine(accelerator, model, optimizer, guard, store)

@@ -59,6 +59,18 @@ def write_parts(targets: Mapping[str, Tensor | Piece], whole: Tensors) -> None:
             piece.data.copy_(tensor.flatten()[piece.start : piece.stop])
 
 
+class HostCopies(Protocol):
+    """Copies on the host of tensors whose memory on the device comes and goes."""
+
+    def store(self) -> None:
+        """Until the copies are as the tensors are."""
+        ...
+
+    def on_host(self, tensor: Tensor) -> Tensor:
+        """A tensor's copy; the tensor itself where it has none and stays."""
+        ...
+
+
 class ParameterParts:
     """Parameters and an optimizer that has each one's state: plain tensors, or `DTensor`s of `fully_shard`."""
 
@@ -68,18 +80,25 @@ class ParameterParts:
         optimizer: torch.optim.Optimizer,
         *,
         publish: Callable[[], None] | None = None,
+        copies: HostCopies | None = None,
     ) -> None:
-        """`publish`: what there is to do for `Parts.publish`."""
-        self._parameters, self._optimizer, self._publish = parameters, optimizer, publish
+        """`publish`: what there is to do for `Parts.publish`. `copies`: these are what is saved and read."""
+        self._parameters, self._optimizer = parameters, optimizer
+        self._publish, self._copies = publish, copies
 
-    def weights(self) -> Mapping[str, Tensor | Piece]:
+    def weights(self) -> Mapping[str, Tensor]:
         """`Parts.weights`."""
-        return self._parameters
+        if self._copies is None:
+            return self._parameters
+        self._copies.store()
+        return {name: self._copies.on_host(parameter) for name, parameter in self._parameters.items()}
 
     def state(self) -> Mapping[str, Tensor]:
         """`Parts.state`."""
+        if self._copies is not None:
+            self._copies.store()
         return {
-            f"{name}.{key}": value
+            f"{name}.{key}": self._where(value)
             for name, parameter in self._parameters.items()
             for key, value in self._optimizer.state.get(parameter, {}).items()
         }
@@ -99,8 +118,11 @@ class ParameterParts:
                     if stored.shape == tuple(parameter.shape)
                     else torch.zeros(stored.shape, dtype=stored.dtype, device=parameter.device)
                 )
-            found[name] = state[key]
+            found[name] = self._where(state[key])
         return found
+
+    def _where(self, tensor: Tensor) -> Tensor:
+        return tensor if self._copies is None else self._copies.on_host(tensor)
 
     def publish(self) -> None:
         """`Parts.publish`."""

@@ -7,7 +7,7 @@
 Each block's frozen tensors are one range of bytes, page-locked on the host, copied in one piece on a stream of its own
 ahead of use, and never copied back. On the device the range is a storage that is given memory and loses it again, so
 all views of it (fused projections, what autograd saved) are right whenever the block is there, and compiled graphs
-take them as the inputs that they are. Trained weights stay on the device.
+take them as the inputs that they are. Trained weights stay on the device; those that don't are `streaming.trained`'s.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from cogtune.streaming.host import HostBuffer, Layout
 
-Order = Literal["training forward", "training backward", "inference"]
+Order = Literal["training forward", "training backward", "backward alone", "inference"]
 DEFAULT_SLOTS = 2
 """Streamed blocks on the device at once: the one that computes and the one that arrives."""
 _ALIGNMENT = 256
@@ -110,6 +110,10 @@ class FlatBlock:
         self.device_bytes.copy_(self.host.bytes, non_blocking=True)
         self.is_loaded = True
 
+    def store(self) -> None:
+        """Queues the copy back on the current stream."""
+        self.host.bytes.copy_(self.device_bytes, non_blocking=True)
+
     def release(self) -> None:
         """Gives the device memory back to the pool that it came from."""
         self.device_bytes.untyped_storage().resize_(0)
@@ -143,7 +147,11 @@ class BlockStream:
         if not 0 <= num_resident <= len(blocks) or num_slots < 1:
             raise ValueError(f"{num_resident} resident of {len(blocks)} blocks, {num_slots} slots")
         self.device, self.num_slots, self.num_resident = device, num_slots, num_resident
-        self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None
+        on_gpu = device.type == "cuda"
+        self._copying = torch.cuda.Stream(device) if on_gpu else None
+        self._returning = torch.cuda.Stream(device) if on_gpu else None
+        self._changed: set[int] = set()
+        """Blocks that are newer on the device than on the host."""
         self.flat: list[FlatBlock] = []
         for block in blocks:
             if prepare is not None:
@@ -186,14 +194,36 @@ class BlockStream:
                 self._make_room(wanted)
                 self._load(following)
 
+    def change(self, index: int) -> None:
+        """The work that is queued on the current stream changed the block: it goes back, a resident one in `store`."""
+        self._changed.add(index)
+        if index in self._position:
+            self._store(index)
+
+    def store(self) -> None:
+        """Until the host has every block as it is on the device."""
+        for index in sorted(self._changed):
+            self._store(index)
+        if self._returning is not None:
+            self._returning.synchronize()
+
+    def _store(self, index: int) -> None:
+        self._changed.discard(index)
+        if self._returning is not None:
+            self._returning.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._returning):
+            self.flat[index].store()
+
     def forget(self) -> None:
         """The blocks on the device are out of date: whichever is entered next comes anew, the resident ones too."""
+        self._changed.clear()
         for index in self.loaded():
             self._arrived.pop(index, None)
             self.flat[index].release()
 
     def release(self) -> None:
         """Frees the device memory of all blocks, the resident ones too; they come back when they are entered."""
+        self.store()
         if self._copying is not None:  # what was queued must be done before others take the memory
             torch.cuda.current_stream(self.device).wait_stream(self._copying)
             torch.cuda.synchronize(self.device)
@@ -215,6 +245,8 @@ class BlockStream:
             return streamed[position + 1 :] + streamed[position::-1]
         if order == "training backward":  # then forwards again, from the first one
             return streamed[:position][::-1] + streamed[position:]
+        if order == "backward alone":  # then backwards again, from the last one
+            return streamed[:position][::-1] + streamed[position:][::-1]
         return streamed[position + 1 :] + streamed[: position + 1]
 
     def _make_room(self, wanted: Sequence[int]) -> None:
@@ -235,6 +267,8 @@ class BlockStream:
             return
         # Whatever was released so far is used by work that is queued already: the copy comes after it.
         self._copying.wait_stream(torch.cuda.current_stream(self.device))
+        if self._returning is not None:  # and after what is going back, from that memory or to this block's
+            self._copying.wait_stream(self._returning)
         with torch.cuda.stream(self._copying):
             self.flat[index].load()
             event = self._arrived[index] = torch.cuda.Event()
@@ -285,21 +319,30 @@ def stream_blocks(
     Adapters and fused projections come before, quantization as `prepare`, the optimizer after. The whole model is never
     on the device.
     """
-    if device.type == "cpu":  # "cpu:0" would be another device to PyTorch, and tensors without memory be copied there
-        device = torch.device("cpu")
+    device = without_number(device)
+    blocks = list(model.get_submodule(name).children())
+    stream = BlockStream(blocks, device, num_resident=num_resident, num_slots=num_slots, prepare=prepare, select=select)
+    attach_stream(model, name, stream)
+    return stream
+
+
+def without_number(device: torch.device) -> torch.device:
+    """The device as its tensors name it: "cpu:0" is another one than theirs to PyTorch, and what has no memory at the
+    moment would be copied there."""
+    return torch.device("cpu") if device.type == "cpu" else device
+
+
+def attach_stream(model: nn.Module, name: str, stream: BlockStream) -> None:
+    """Lets whoever iterates over the model's list `name` find each block on the device, and puts all else there."""
     parent_name, _, list_name = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     blocks = getattr(parent, list_name)
-    stream = BlockStream(
-        list(blocks), device, num_resident=num_resident, num_slots=num_slots, prepare=prepare, select=select
-    )
     setattr(parent, list_name, StreamedBlocks(blocks, stream))
-    model.to(device)
+    model.to(stream.device)
     # Every process has read the same weights; there is nothing to broadcast while they are away.
     frozen = {id(tensor) for block in blocks for tensor in frozen_tensors(block)}
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     model._ddp_params_and_buffers_to_ignore = [key for key, tensor in named if id(tensor) in frozen]  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
-    return stream
 
 
 def find_stream(model: nn.Module) -> BlockStream | None:
