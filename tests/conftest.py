@@ -22,6 +22,8 @@ import numpy as np
 import pytest
 import torch
 
+from patience import patient
+
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -266,7 +268,7 @@ def run_process() -> Callable[..., Outcome]:
             env=os.environ | environment,
             capture_output=True,
             text=True,
-            timeout=timeout_seconds,
+            timeout=patient(timeout_seconds),
         )
         return Outcome(done.returncode, done.stdout, done.stderr)
 

@@ -10,6 +10,7 @@ Some of the blocks may be lean: they keep what the next way in this list keeps.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 Activations = Literal["keep_all", "keep_products", "keep_attention", "recompute"]
@@ -31,6 +32,7 @@ class Arrangement:
     """What they keep waits on the host."""
 
 
+@cache  # a ladder asks for the same ones again and again
 def arrange(num_blocks: int, *, num_lean: int, num_offloaded: int) -> Arrangement:
     """Which blocks do what, each kind spread evenly, so that copies are too.
 

@@ -5,10 +5,11 @@ with a note whether it is fitted to measurements (docs/benchmarks.md) or counted
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
-from cogtune.arrangement import Activations, keep_less
+from cogtune.arrangement import Activations, arrange, keep_less
 from cogtune.eight_bit import BLOCK
 from cogtune.eight_bit_adamw import CHUNK
 from cogtune.ema import CHUNK_NUMBERS
@@ -58,7 +59,7 @@ the residual, the norm's float32 copy. Counted, not measured yet; it stays far b
 ENCODER_CHANNELS = 128
 OFFLOADED_AT_ONCE = 2
 """Offloaded blocks whose activations are on the device: one that computes, one on its way; one more for each further
-one that may be under way. Counted; the fit of the others holds with it."""
+one that may be under way: neighbours, of which lean ones bring less. Counted; the fit of the others holds with it."""
 GRADIENTS_AT_ONCE = 2
 """Blocks whose gradients are on the device where the optimizer is on the host: made, and leaving. Counted."""
 SAMPLING_UNITS = 12.5
@@ -302,16 +303,17 @@ def units_kept(activations: Activations, *, full: bool) -> float:
     return KEPT_UNITS[activations] + (TRAINED_KEPT_UNITS.get(activations, 0.0) if full else 0.0)
 
 
+@cache
 def _count_kept(
     num_layers: int, rich: float, num_offloaded: int, num_leaving: int, *, num_lean: int, lean_units: float
 ) -> tuple[float, float]:
     """Activation tensors kept on the device at the peak, and on the host; `rich`: of a block that isn't lean."""
-    num_rich = num_layers - num_lean
-    rich_gone = min(num_offloaded, num_rich)
-    offloaded = rich_gone * rich + (num_offloaded - rich_gone) * lean_units
+    arrangement = arrange(num_layers, num_lean=num_lean, num_offloaded=num_offloaded)
+    units = [lean_units if number in arrangement.lean else rich for number in range(num_layers)]
+    offloaded = [units[number] for number in sorted(arrangement.offloaded)]
     at_once = min(OFFLOADED_AT_ONCE + num_leaving - 1, num_offloaded)
-    passing = min(at_once, rich_gone) * rich + max(0, at_once - rich_gone) * lean_units
-    return num_rich * rich + num_lean * lean_units - offloaded + passing, offloaded
+    passing = max(sum(offloaded[first : first + at_once]) for first in range(num_offloaded - at_once + 1))
+    return sum(units) - sum(offloaded) + passing, sum(offloaded)
 
 
 def _count_workspace(activations: Activations, less: Activations) -> float:

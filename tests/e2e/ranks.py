@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from patience import patient
+
 
 def find_free_port() -> int:
     """A port that nobody listens on."""
@@ -32,7 +34,7 @@ class Ranks:
 
     def wait(self, seconds: float) -> list[int]:
         """Exit codes by rank (minus the signal's number for a killed one); none may take longer than that."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + patient(seconds)
         while len(self.codes) < len(self.pids) and time.monotonic() < deadline:
             for rank, pid in enumerate(self.pids):
                 if rank not in self.codes:

@@ -15,6 +15,7 @@ from diffusers import CogVideoXPipeline
 from safetensors.torch import load_file
 
 from cogtune.shards.stored import StoredTensors
+from patience import patient
 
 ROOT = Path(__file__).resolve().parents[2]
 SFT = "train/sft.py"
@@ -25,7 +26,9 @@ def launch(num_processes: int, script: str, *arguments: object) -> None:
     command = ["-m", "torch.distributed.run", "--nproc_per_node", str(num_processes), "--rdzv_backend", "c10d"]
     command += ["--rdzv_endpoint", "localhost:0", str(ROOT / script), *map(str, arguments)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=patient(240)
+    )
     assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-2000:]
 
 

@@ -21,6 +21,7 @@ from cogtune.models import choose_device, find_folder, read_facts
 from cogtune.parallel.videos import plan_ranks
 from cogtune.sampling import set_up
 from cogtune.video import read_timeline
+from patience import patient
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = ROOT / "tests/e2e/context_worker.py"
@@ -44,7 +45,12 @@ def launch(num_processes: int, tasks: dict[str, Any], output: Path) -> None:
     file.write_text(json.dumps(tasks | {"ports": ports}))
     command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}", WORKER, file, output]
     done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=220, check=False
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=patient(220),
+        check=False,
     )
     assert done.returncode == 0, done.stderr.partition("Traceback")[2][:5000]
 

@@ -13,7 +13,7 @@ from cogtune.shapes.comparison import draw_clips
 from cogtune.shapes.demonstration import pick_evenly
 from cogtune.shapes.scoring import load_scored_pipeline, score_prompts
 
-pytestmark = pytest.mark.timeout(600)  # 200 steps on one core, twice as long where others want it as well
+pytestmark = pytest.mark.timeout(1800)  # 200 steps on one core, twice as long where others want it as well
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = {
     "train.max_steps": 200,

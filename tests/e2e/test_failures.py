@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from patience import patient
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
 from ranks import Ranks, find_free_port, start_ranks  # noqa: E402
@@ -32,7 +34,7 @@ def losses_of(folder: Path) -> list[float]:
 
 
 def wait_until(there: Callable[[], bool], seconds: float = 120, what: Callable[[], str] = lambda: "") -> None:
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + patient(seconds)
     while not there():
         assert time.monotonic() < deadline, what()
         time.sleep(0.02)
@@ -86,7 +88,7 @@ def test_torchrun_restarts_after_a_killed_rank_and_loses_nothing(
     )  # fmt: skip
     wait_until(lambda: len(rows_of(tmp_path / "elastic")) >= 3)
     os.kill(find_ranks(process.pid)[1], signal.SIGKILL)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=patient(120))
     assert process.returncode == 0, output
     assert re.search(r"rank 1 \(node \S+\) last seen at step \d+ in '.*' \d+ s ago, has ended without a word", output)
     assert "resumed from" in output

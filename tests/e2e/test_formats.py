@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from cogtune.config import AdapterSettings
 from cogtune.formats.converting import parse_conversion
 from cogtune.formats.exporting import parse_export
+from patience import patient
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 CONVERT, EXPORT = "scripts/convert.py", "scripts/export.py"
@@ -340,7 +341,11 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         folder = tmp_path / str(layers)
         folder.mkdir()
         done = subprocess.run(
-            [sys.executable, "-c", GROWTH, str(layers)], cwd=folder, capture_output=True, text=True, timeout=200
+            [sys.executable, "-c", GROWTH, str(layers)],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=patient(200),
         )
         assert done.returncode == 0, done.stderr
         peak, size = map(float, done.stdout.split()[-2:])

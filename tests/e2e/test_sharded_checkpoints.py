@@ -13,6 +13,8 @@ import torch
 from diffusers import CogVideoXPipeline
 from safetensors.torch import load_file
 
+from patience import patient
+
 ROOT = Path(__file__).resolve().parents[2]
 CONVERT = "scripts/convert.py"
 LORA = ["zero1-lora", "zero2-lora", "zero3-lora", "fsdp-lora", "fsdp-whole-lora"]
@@ -32,7 +34,9 @@ def saved(tiny_2b_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         str(out),
     ]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=220)
+    done = subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=patient(220)
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 

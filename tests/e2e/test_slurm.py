@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from patience import patient
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "scripts" / "slurm").iterdir())
 
@@ -95,12 +97,12 @@ def test_a_job_whose_time_is_over_is_requeued_and_goes_on(
 ) -> None:
     settings = {"schedule__name": "constant", "checkpoint__every_steps": 100000}
     process = start("many_nodes.sbatch", cluster, *options("job", train__max_steps=100000, **settings))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + patient(120)
     while len(rows_of(tmp_path / "job")) < 3:
-        assert time.monotonic() < deadline and process.poll() is None, process.communicate(timeout=30)
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate(timeout=patient(30))
         time.sleep(0.05)
     process.send_signal(signal.SIGUSR1)  # to the batch script alone
-    output, _ = process.communicate(timeout=90)
+    output, _ = process.communicate(timeout=patient(90))
     assert process.returncode == 0, output
     assert "stopped by a signal; the checkpoint is saved" in output
     requeued = tmp_path / "slurm" / "requeued"
@@ -110,7 +112,7 @@ def test_a_job_whose_time_is_over_is_requeued_and_goes_on(
     # The job that goes on: as one node this time, and to the end; it is not requeued.
     rest = options("job", train__max_steps=saved[0] + 2, train__batch_size=2, **settings)
     again = start("one_node.sbatch", cluster | {"SLURM_NNODES": "1", "LAUNCH": "python"}, *rest)
-    output, _ = again.communicate(timeout=120)
+    output, _ = again.communicate(timeout=patient(120))
     assert again.returncode == 0, output
     assert f"at step {saved[0]}" in output and requeued.read_text().count("requeue") == 1
     assert [row["step"] for row in rows_of(tmp_path / "job")] == list(range(1, saved[0] + 3))
@@ -123,5 +125,5 @@ def test_a_job_whose_time_is_over_is_requeued_and_goes_on(
 def test_a_job_that_fails_is_not_requeued_and_says_so(cluster: dict[str, str], tmp_path: Path) -> None:
     failing = cluster | {"LAUNCH": "false", "SLURM_NNODES": "1"}
     process = start("one_node.sbatch", failing)
-    process.communicate(timeout=30)
+    process.communicate(timeout=patient(30))
     assert process.returncode == 1 and not (tmp_path / "slurm" / "requeued").exists()

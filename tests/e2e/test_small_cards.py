@@ -141,6 +141,34 @@ def test_full_fine_tuning_with_8_bit_state_says_so_and_resumes_bit_for_bit(
     assert outcome.code == 2 and "memory.optimizer: 8bit state -> float32 state" in outcome.err
 
 
+def test_trained_blocks_that_come_and_go_give_the_same_run_and_go_on_anywhere(
+    options: Callable[..., list[str]], run_command: Any, tmp_path: Path
+) -> None:
+    """Bit for bit, videos too; the other way to keep them takes over at a checkpoint."""
+    settings: dict[str, object] = {"optimizer__learning_rate": 1e-3, "memory__mode": "recompute"}
+    settings |= {"model__dtype": "bfloat16", "memory__optimizer": "8bit", "memory__offloaded_blocks": 1}
+    for name, resident in (("all", 2), ("none", 0)):
+        outcome = run_command(
+            SFT, *options(name, **settings, memory__resident_blocks=resident, checkpoint__keep_last=2)
+        )
+        assert outcome.code == 0, outcome.err
+        assert ("0 blocks resident, others streamed" in outcome.out) == (name == "none")
+    assert read_rows(tmp_path / "all") == read_rows(tmp_path / "none")
+    names = [f"checkpoints/step-000004/{group}-00000-0000.safetensors" for group in ("weights", "optimizer")]
+    for name in (*names, "final/transformer/diffusion_pytorch_model.safetensors"):
+        assert_equal_files(tmp_path / "all" / name, tmp_path / "none" / name)
+    video = "samples/step-000004/00-0.mp4"
+    assert (tmp_path / "all" / video).read_bytes() == (tmp_path / "none" / video).read_bytes()
+
+    last = tmp_path / "none/checkpoints/step-000004"
+    last.rename(tmp_path / "straight")
+    outcome = run_command(SFT, *options("none", **settings, memory__resident_blocks=1))
+    assert outcome.code == 0 and "at step 2" in outcome.out
+    for group in ("weights", "optimizer"):
+        file = f"{group}-00000-0000.safetensors"
+        assert_equal_files(tmp_path / "straight" / file, last / file)
+
+
 def test_bad_gradients_end_a_run_with_8_bit_state_and_leave_its_weights(
     options: Callable[..., list[str]], run_command: Any, tmp_path: Path
 ) -> None:

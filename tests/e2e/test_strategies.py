@@ -16,6 +16,8 @@ import torch
 from diffusers import CogVideoXPipeline
 from safetensors.torch import load_file
 
+from patience import patient
+
 ROOT = Path(__file__).resolve().parents[2]
 LORA, SFT = "train/lora.py", "train/sft.py"
 STEPS, HALF = 20, 10
@@ -96,7 +98,9 @@ def launch(num_processes: int, cases: list[dict[str, Any]], folder: Path) -> Non
     file.write_text(json.dumps(cases))
     command = ["-m", "torch.distributed.run", "--nproc_per_node", str(num_processes), "--rdzv_backend", "c10d"]
     command += ["--rdzv_endpoint", "localhost:0", str(ROOT / "tests/e2e/strategies_worker.py"), str(file)]
-    done = subprocess.run([sys.executable, *command], env=dict(os.environ), capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, *command], env=dict(os.environ), capture_output=True, text=True, timeout=patient(240)
+    )
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-6000:]
 
 

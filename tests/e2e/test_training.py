@@ -18,6 +18,8 @@ import yaml
 from diffusers import CogVideoXPipeline
 from safetensors.torch import load_file
 
+from patience import patient
+
 ROOT = Path(__file__).resolve().parents[2]
 BASIC: dict[str, Any] = {
     "data": {"validation_clips": 0, "num_workers": 0},
@@ -136,7 +138,7 @@ def test_killed_in_the_middle_of_a_save_it_resumes_exactly(
     driver = tmp_path / "driver.py"
     driver.write_text(_KILL_DURING_SAVE.format(script=str(ROOT / "train/lora.py")))
     process = start("", killed, driver=str(driver))
-    process.communicate(timeout=120)
+    process.communicate(timeout=patient(120))
     assert process.returncode == -signal.SIGKILL
     folder = tmp_path / "killed" / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == [".partial-step-000004", "step-000002"]
@@ -160,7 +162,7 @@ def test_two_processes_equal_one_with_batch_two_or_accumulation(
         "accumulation": make_config("accumulation", train=train | {"gradient_accumulation_steps": 2}, **options),
     }
     process = start(script, layouts.pop("processes"), launcher="ddp.yaml")  # two processes, gloo without GPUs
-    output, _ = process.communicate(timeout=180)
+    output, _ = process.communicate(timeout=patient(180))
     assert process.returncode == 0, output
     for config in layouts.values():
         assert run_command(script, "--config", config).code == 0
@@ -179,7 +181,7 @@ def test_two_processes_equal_one_with_batch_two_or_accumulation(
 
 
 def wait_for_rows(folder: Path, count: int, process: subprocess.Popen[str]) -> None:
-    metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 90
+    metrics, deadline = folder / "metrics.jsonl", time.monotonic() + patient(90)
     while not (metrics.exists() and metrics.read_text().count("\n") >= count):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)
@@ -194,7 +196,7 @@ def test_sigterm_to_the_process_group_saves_and_the_run_goes_on(
     process = start("train/lora.py", stopped, "--data.num_workers=2")
     wait_for_rows(tmp_path / "stopped", 2, process)
     os.killpg(process.pid, signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=patient(60))
     assert process.returncode == 0, output
     assert "stopped by a signal; the checkpoint is saved" in output
     saved = list((tmp_path / "stopped" / "checkpoints").glob("step-*"))
@@ -211,7 +213,7 @@ def test_sigterm_to_accelerate_launch_reaches_the_trainer(make_config: Callable[
     process = start("train/lora.py", make_config("launched", **settings), launcher="single.yaml")
     wait_for_rows(tmp_path / "launched", 2, process)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)  # ends when the trainer, too, has closed the pipe
+    output, _ = process.communicate(timeout=patient(60))  # ends when the trainer, too, has closed the pipe
     assert "stopped by a signal; the checkpoint is saved" in output
     assert len(list((tmp_path / "launched" / "checkpoints").glob("step-*"))) == 1
 

@@ -59,10 +59,29 @@ def test_8_bits_are_chosen_by_themselves_only_where_the_user_lets_them() -> None
     assert choose(38).on_host
     chosen = choose(38, allow_8bit_optimizer=True)
     assert chosen.eight_bit and not chosen.on_host and chosen.total <= 38 * GIB
-    assert choose(16, allow_8bit_optimizer=True).on_host, "even 8 bits don't fit"
+    small = choose(16, allow_8bit_optimizer=True)
+    assert small.eight_bit and small.streams_trained and small.num_resident is not None and small.total <= 16 * GIB
     roomy = choose(300, allow_8bit_optimizer=True)
     assert not (roomy.eight_bit or roomy.on_host), "of equally fast ones the exact one"
-    assert choose(300, optimizer="8bit").eight_bit and choose(16, optimizer="8bit", mode="recompute").eight_bit
+    assert choose(300, optimizer="8bit").eight_bit and choose(5, optimizer="8bit", mode="recompute").eight_bit
+
+
+def test_8_bits_stay_on_the_device_where_they_fit() -> None:
+    chosen = choose(120, optimizer="8bit")
+    assert chosen.num_resident is None and chosen.host == 0
+    for free_gib in (36, 22, 14, 7, 5):
+        chosen = choose(free_gib, optimizer="8bit")
+        assert chosen.streams_trained and chosen.total <= 0.95 * free_gib * GIB
+
+
+def test_blocks_that_stay_can_be_set_by_hand_where_trained_ones_are_streamed() -> None:
+    (rung,) = make_rungs(36, optimizer="8bit", resident_blocks=7, mode="recompute", offloaded_blocks=0)
+    assert rung.num_resident == 7 and rung.streams_trained
+    allowed = make_rungs(36, allow_8bit_optimizer=True, resident_blocks=7)
+    assert all(rung.streams_trained and rung.num_resident == 7 for rung in allowed), "no other way streams them"
+    with pytest.raises(UserError, match="resident_blocks=7: frozen weights are streamed, but full fine-tuning freezes"):
+        make_rungs(36, resident_blocks=7)
+    assert make_rungs(36, resident_blocks=42), "all"
 
 
 def test_the_table_shows_each_way() -> None:

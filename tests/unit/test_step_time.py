@@ -7,7 +7,7 @@ import pytest
 from cogtune.arrangement import Activations
 from cogtune.machine import Machine
 from cogtune.memory import MemoryPlan
-from cogtune.step_time import _COPY_SHARE, BlockTimes, count_updated, predict_seconds
+from cogtune.step_time import _BOTH_WAYS, _COPY_SHARE, BlockTimes, count_updated, predict_seconds
 
 TIMES = BlockTimes(linear=1.0, attention_forward=2.0, attention_backward=4.0)
 FORWARD = TIMES.forward_seconds()
@@ -130,3 +130,34 @@ def test_updates_on_the_host_run_beside_the_forward_pass() -> None:
 def test_the_share_of_updates_follows_from_the_link(link: float, expected: int) -> None:
     """Not from cores or free memory, which differ from one start of a run to the next."""
     assert count_updated(42, Machine(800e12, link, 12)) == count_updated(42, Machine(1e12, link, 2)) == expected
+
+
+def predict_trained(block: float, state: float, *, resident: int = 0, num_layers: int = 6) -> float:
+    """Blocks that come, are updated and go back, their state with them; all in seconds of a copy, as above."""
+    rung = MemoryPlan("keep_products", 0, 0, 0, 0, num_resident=resident, eight_bit=True, streams_trained=True)
+    seconds = predict_seconds(
+        rung, TIMES, Machine(1e12, 1e9), num_layers=num_layers, block_bytes=int(block * 1e9),
+        kept_bytes=lambda _way: 0.0, state_bytes=state * 1e9, weight_gradients=False,
+    )  # fmt: skip
+    return seconds - _COPY_SHARE * (num_layers - resident) * (3 * block + 2 * state)
+
+
+def test_trained_blocks_that_come_and_go_hide_behind_the_work() -> None:
+    work = 6 * (FORWARD + backward())
+    assert predict_trained(0.3 * FORWARD, 0.2 * FORWARD) == pytest.approx(work)
+    assert predict_trained(0.3 * FORWARD, 0.2 * FORWARD, resident=2) == pytest.approx(work)
+
+
+def test_a_block_comes_when_the_one_in_its_slot_is_back() -> None:
+    """The backward pass alone is late: each block but the first two waits for a way out and a slower way in."""
+    block, state = 0.9 * FORWARD, 2 * FORWARD
+    out, way_in = block + state, (block + state) / _BOTH_WAYS
+    now, ready = 6 * FORWARD, [0.0, 0.0]
+    inward = 0.0
+    for number in range(6):
+        now = max(now, ready[number]) + backward()
+        if number < 4:
+            inward = max(inward, now + out) + way_in
+            ready.append(inward)
+    assert now > 6 * (FORWARD + backward())
+    assert predict_trained(block, state) == pytest.approx(now)

@@ -16,6 +16,7 @@ from cogtune.cluster.hub import EXIT_LOST, Failure, Hub, compose
 from cogtune.cluster.watch import Watch, connect
 from cogtune.cluster.whereabouts import HERE, Whereabouts, enter, inside, move
 from cogtune.errors import UserError
+from patience import patient
 
 TOKEN = "secret"
 
@@ -42,7 +43,7 @@ class Job:
         self.ranks[rank]._line.socket.shutdown(socket.SHUT_RDWR)
 
     def wait(self, *ranks: int) -> None:
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + patient(5)
         while not set(ranks) <= self.ended.keys():
             assert time.monotonic() < deadline, self.ended
             time.sleep(0.01)
@@ -107,7 +108,7 @@ def test_a_lost_rank_ends_the_others_and_is_named(capfd: pytest.CaptureFixture[s
     job.kill(2)
     started = time.monotonic()
     job.wait(0, 1)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < patient(3)
     assert job.ended == {0: EXIT_LOST, 1: EXIT_LOST}
     said = capfd.readouterr().err
     assert "rank 2 (node n2) last seen at step 120 in 'validation' 0 s ago, has ended without a word" in said

@@ -18,6 +18,7 @@ from cogtune.shapes.reconstruction import (
     reconstruction_loss,
     to_pixels,
 )
+from patience import patient
 
 
 def make_vae() -> AutoencoderKLCogVideoX:
@@ -34,7 +35,7 @@ def test_imagery_is_reproducible_and_varied():
 
 
 def wait_until_ready(pool: ClipPool) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + patient(60)
     while pool.count_ready() < len(pool.clips):
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -50,7 +51,7 @@ def test_the_pool_holds_the_clips_of_a_seed():
 def test_the_pool_renews_its_clips():
     with ClipPool(3, size=6, workers=2) as pool:
         wait_until_ready(pool)
-        first, deadline = pool.clips.copy(), time.monotonic() + 60
+        first, deadline = pool.clips.copy(), time.monotonic() + patient(60)
         while any(np.array_equal(*pair) for pair in zip(pool.clips, first, strict=True)):
             assert time.monotonic() < deadline
             time.sleep(0.01)

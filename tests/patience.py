@@ -1,0 +1,22 @@
+"""How long tests wait for what should have come: limits that are there for hangs, longer on a slow machine."""
+
+import time
+from functools import cache
+
+_USUAL_SECONDS = 0.08
+"""What the loop below takes on the machines that the limits were chosen on, at most."""
+_MOST = 10.0
+
+
+@cache
+def _slowness() -> float:
+    begun = time.perf_counter()
+    total = 0
+    for number in range(1_000_000):
+        total += number
+    return min(_MOST, max(1.0, (time.perf_counter() - begun) / _USUAL_SECONDS))
+
+
+def patient(seconds: float) -> float:
+    """A limit of so many seconds, longer by as much as this machine is slower than usual, up to ten times."""
+    return seconds * _slowness()
