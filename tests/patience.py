@@ -5,7 +5,7 @@ from functools import cache
 
 _USUAL_SECONDS = 0.08
 """What the loop below takes on the machines that the limits were chosen on, at most."""
-_MOST = 10.0
+_MOST = 6.0
 
 
 @cache
@@ -18,5 +18,5 @@ def _slowness() -> float:
 
 
 def patient(seconds: float) -> float:
-    """A limit of so many seconds, longer by as much as this machine is slower than usual, up to ten times."""
+    """A limit of so many seconds, longer by as much as this machine is slower than usual, up to six times."""
     return seconds * _slowness()

@@ -179,8 +179,8 @@ class MemorySettings(Section):
     outputs only, or block inputs only (least memory, slowest); auto: the fastest that the plan says will fit."""
     resident_blocks: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Blocks whose frozen weights stay on the GPU; the others wait in page-locked host memory and are copied to the GPU
-    just in time; with `optimizer: 8bit` trained ones and AdamW's state too, which go back when they are updated. The
-    same result; auto: as many as fit (docs/memory.md)."""
+    just in time; with `optimizer: 8bit`, where all are trained, they and AdamW's state, which go back when they are
+    updated. The same result; auto: as many as fit (docs/memory.md)."""
     offloaded_blocks: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """Blocks whose kept activations wait in host memory for the backward pass; the same result. auto: as is fastest."""
     lean_blocks: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"

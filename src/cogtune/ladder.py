@@ -142,8 +142,8 @@ def choose_rung(
         return smallest
     on_host = min(rungs, key=lambda rung: (not fits(rung, free_bytes, None), rung.host))
     if fits(on_host, free_bytes, None) and free_host is not None:
-        # Only frozen weights are streamed, and only they can be quantized.
-        smaller = on_host.num_resident is not None and on_host.quantized != "nf4"
+        # Only frozen weights can be quantized.
+        smaller = on_host.num_resident is not None and on_host.quantized != "nf4" and not on_host.streams_trained
         remedy = "under LoRA set memory.quantized_base=nf4 (another result: docs/memory.md), " if smaller else ""
         raise UserError(
             f"memory: {on_host.describe()} would fit on the device, but {free_host / GIB:.1f} GiB of host memory are "

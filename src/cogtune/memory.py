@@ -338,8 +338,8 @@ def explain_out_of_memory(plan: MemoryPlan, error: BaseException) -> str:
     """What to turn after the device ran out of memory."""
     first_line = str(error).splitlines()[0][:300]
     steps = [] if plan.activations == "recompute" else ["memory.mode=recompute"]
-    if plan.num_resident != 0 and not plan.on_host:
-        held = plan.weights + (plan.trainable if plan.eight_bit else 0)
+    if plan.num_resident != 0 and not plan.on_host and (plan.weights or plan.num_resident is not None):
+        held = plan.weights + (plan.trainable if plan.streams_trained else 0)
         saved = held if plan.num_resident is None else held // (plan.num_resident + DEFAULT_SLOTS)
         steps.append(f"memory.resident_blocks={_fewer(plan.num_resident)} (gives back up to {saved / GIB:.1f} GiB)")
     if not plan.num_offloaded:

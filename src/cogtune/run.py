@@ -124,7 +124,7 @@ class Run:
         # What `auto` comes to depends on the machine, and a run is older than the setting.
         before, now = saved.get("optimizer_state", "float32"), self.identity["optimizer_state"]
         if before != now:
-            wanted = "8bit" if before == "8bit" else "device"
+            wanted = "8bit" if before == "8bit" else "device, or host where it was there"
             differences.append(f"memory.optimizer: {before} state -> {now} state (set memory.optimizer={wanted})")
         before, now = saved.get("frozen_base", "exact"), self.identity["frozen_base"]
         if before != now:

@@ -141,6 +141,7 @@ class DeviceStore:
     def write_optimizer(self, state: Tensors) -> None:
         """`Store.write_optimizer`; on each parameter's device."""
         write_parts(make_saved_state(self.parts, state), state)
+        self.parts.publish()
 
 
 class WholeSaver:

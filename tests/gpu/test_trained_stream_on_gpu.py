@@ -87,4 +87,4 @@ def test_steps_never_wait_and_the_peak_is_near_the_prediction() -> None:
     )  # fmt: skip
     measured = torch.cuda.max_memory_allocated()
     print(f"predicted {plan.total / GIB:.2f} GiB, measured {measured / GIB:.2f}")
-    assert measured < 1.1 * plan.total, "small models have relatively more that isn't counted"
+    assert measured / GIB == pytest.approx(plan.total / GIB, rel=0.12), "an H200: 2.28 where 2.53 were predicted"

@@ -181,8 +181,9 @@ def test_state_comes_for_the_backward_pass_alone_and_goes_back_once() -> None:
     assert found["load state"] == [2, 1, 0, 4, 3], "the last two came at the end of the step before"
     assert found["store weights"] == found["store state"] == [4, 3, 2, 1, 0]
     for index in (0, 1, 2):
-        after = events[events.index(("store weights", index + 2)) :]
-        assert ("load weights", index) in after, "what leaves the slot goes back first"
+        for kind in ("weights", "state"):
+            after = events[events.index((f"store {kind}", index + 2)) :]
+            assert (f"load {kind}", index) in after, "what leaves the slot goes back first"
 
 
 def test_blocks_that_stay_go_back_when_somebody_asks() -> None:
@@ -242,7 +243,6 @@ def test_whole_weights_and_state_are_put_back() -> None:
     other = Training(3, seed=1)
     other.store.write_weights(held["weights"])
     other.store.write_optimizer(held["state"])
-    other.store.parts.publish()
     other.guard.load(guard)
     assert other.step(2) == expected
 

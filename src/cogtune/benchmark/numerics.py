@@ -1,9 +1,10 @@
-"""How far each way to run a step is from the plain float32 model: loss and adapter gradients on one batch.
+"""How far each way to run a step is from the plain float32 model: loss, output and adapter gradients on one batch.
 
 Two layers at full width; the float32 reference has the very weights of the low precision.
 """
 
 import gc
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,18 @@ from cogtune.dataset import Batch
 from cogtune.denoiser import Denoiser
 from cogtune.models import ModelFacts
 from cogtune.random_pipeline import make_architecture_facts, make_random_transformer
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One batch through the model, in float64 on the host."""
+
+    loss: float
+    output: torch.Tensor
+    """What the transformer predicted."""
+    gradients: torch.Tensor
+    """All of the adapter's, one after another."""
+
 
 _LAYERS = {"num_layers": 2}
 _REFERENCE = "float32"
@@ -38,12 +51,12 @@ def check_variants(
     What fails has an `error` instead; the times that follow do not depend on it.
     """
     plain = parse_variant("keep_all+eager+stock_attention")
-    measured: dict[str, tuple[float, torch.Tensor]] = {}
+    measured: dict[str, _Pass] = {}
 
     def measure(name: str, variant: Variant, computed: torch.dtype) -> dict[str, Any]:
         def work() -> dict[str, Any]:
-            measured[name] = _loss_and_gradients(variant, model, size, rank, device, (dtype, computed))
-            return {"loss": measured[name][0]}
+            measured[name] = _run_pass(variant, model, size, rank, device, (dtype, computed))
+            return {"loss": measured[name].loss}
 
         row = attempt(work)
         torch._dynamo.reset()
@@ -63,22 +76,23 @@ def check_variants(
     return results
 
 
-def _compare(found: tuple[float, torch.Tensor], reference: tuple[float, torch.Tensor]) -> dict[str, float]:
+def _compare(found: _Pass, reference: _Pass) -> dict[str, float]:
     return {
-        "loss_error": abs(found[0] - reference[0]) / abs(reference[0]),
-        "gradient_error": float((found[1] - reference[1]).norm() / reference[1].norm()),
+        "loss_error": abs(found.loss - reference.loss) / abs(reference.loss),
+        "output_error": float((found.output - reference.output).norm() / reference.output.norm()),
+        "gradient_error": float((found.gradients - reference.gradients).norm() / reference.gradients.norm()),
     }
 
 
-def _loss_and_gradients(
+def _run_pass(
     variant: Variant,
     model: str,
     size: tuple[int, int, int],
     rank: int,
     device: torch.device,
     dtypes: tuple[torch.dtype, torch.dtype],
-) -> tuple[float, torch.Tensor]:
-    """Of weights made in the first type and computed with in the second; gradients in one float64 vector."""
+) -> _Pass:
+    """Of weights made in the first type and computed with in the second."""
     dtype, computed = dtypes
     facts = make_architecture_facts(model, **_LAYERS)
     transformer = make_random_transformer(model, seed=0, device=device, dtype=dtype, **_LAYERS)
@@ -94,11 +108,14 @@ def _loss_and_gradients(
     prepare_transformer(transformer, variant, AdapterSettings(rank=rank), choose_backend("auto", timings))
     encoder = make_random_image_encoder(model, device, computed) if facts.takes_image else None
     denoiser = Denoiser(facts, device=device, dtype=computed, min_snr_gamma=None, image_encoder=encoder)
+    outputs: list[torch.Tensor] = []
+    transformer.register_forward_hook(lambda _module, _inputs, output: outputs.append(output[0].detach()))
     loss = denoiser.losses(transformer, _make_batch(facts, size, device)).mean()
     scale = 2.0**10 if computed == torch.float16 else 1.0
     parameters = list(adapter_parameters(transformer).values())
     gradients = torch.autograd.grad(loss * scale, parameters)
-    return loss.item(), torch.cat([g.flatten().double() for g in gradients]).cpu() / scale
+    flat = torch.cat([g.flatten().double() for g in gradients]).cpu() / scale
+    return _Pass(loss.item(), outputs[0].double().cpu(), flat)
 
 
 def _make_batch(facts: ModelFacts, size: tuple[int, int, int], device: torch.device) -> Batch:
@@ -127,6 +144,7 @@ def describe_check(results: dict[str, Any]) -> str:
     for name, row in results.items():
         text = row["error"] if "error" in row else f"loss {row['loss']:.6f}"
         if "gradient_error" in row:
-            text += f", off by {row['loss_error']:.1e}; gradients by {row['gradient_error']:.1e}"
+            text += f", off by {row['loss_error']:.1e}; output by {row['output_error']:.1e}"
+            text += f"; gradients by {row['gradient_error']:.1e}"
         lines.append(f"{name:<40} {text}")
     return "\n".join(lines)

@@ -7,7 +7,8 @@
 Each block's frozen tensors are one range of bytes, page-locked on the host, copied in one piece on a stream of its own
 ahead of use, and never copied back. On the device the range is a storage that is given memory and loses it again, so
 all views of it (fused projections, what autograd saved) are right whenever the block is there, and compiled graphs
-take them as the inputs that they are. Trained weights stay on the device; those that don't are `streaming.trained`'s.
+take them as the inputs that they are. Trained weights stay on the device; those that come, are changed and go back are
+`streaming.trained`'s.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from cogtune.streaming.host import HostBuffer, Layout
 
 Order = Literal["training forward", "training backward", "backward alone", "inference"]
+_CHANGING: tuple[Order, ...] = ("training backward", "backward alone")
+"""When a block that is entered may be updated: after it has been read for the way back."""
 DEFAULT_SLOTS = 2
 """Streamed blocks on the device at once: the one that computes and the one that arrives."""
 _ALIGNMENT = 256
@@ -27,7 +30,7 @@ _ALIGNMENT = 256
 
 @dataclass(frozen=True)
 class _Place:
-    """A frozen tensor of a block and its first byte within the block's range."""
+    """A tensor of a block and its first byte within the block's range."""
 
     tensor: Tensor
     offset: int
@@ -152,6 +155,8 @@ class BlockStream:
         self._returning = torch.cuda.Stream(device) if on_gpu else None
         self._changed: set[int] = set()
         """Blocks that are newer on the device than on the host."""
+        self._returned: dict[int, torch.cuda.Event] = {}
+        """When what goes back has been read, of blocks that have not been changed since."""
         self.flat: list[FlatBlock] = []
         for block in blocks:
             if prepare is not None:
@@ -179,9 +184,12 @@ class BlockStream:
             if index in self._position:
                 self._make_room([index, *self._upcoming(index, order)][: self.num_slots])
             self._load(index)
-        event = self._arrived.pop(index, None)
-        if event is not None:
-            torch.cuda.current_stream(self.device).wait_event(event)
+        awaited = [self._arrived.pop(index, None)]
+        if order in _CHANGING:
+            awaited.append(self._returned.pop(index, None))
+        for event in awaited:
+            if event is not None:
+                torch.cuda.current_stream(self.device).wait_event(event)
 
     def leave(self, index: int, order: Order) -> None:
         """The block is no longer needed; its slot goes to the next one that isn't there."""
@@ -213,6 +221,9 @@ class BlockStream:
             self._returning.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._returning):
             self.flat[index].store()
+            if self._returning is not None:
+                event = self._returned[index] = torch.cuda.Event()
+                event.record(self._returning)
 
     def forget(self) -> None:
         """The blocks on the device are out of date: whichever is entered next comes anew, the resident ones too."""

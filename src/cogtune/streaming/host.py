@@ -33,7 +33,7 @@ class HostBuffer:
                 raise UserError(
                     f"memory: {num_bytes / 1e9:.2f} GB of host memory can't be page-locked (CUDA error {code}); free "
                     "host memory, raise the limit (`ulimit -l`), or let less wait there: set memory.offloaded_blocks "
-                    "lower and memory.resident_blocks higher (full fine-tuning: memory.optimizer=8bit)"
+                    "lower, for LoRA memory.quantized_base=nf4, for full fine-tuning memory.optimizer=8bit"
                 )
             # Called before the tensor goes; at the process's end the driver does it.
             weakref.finalize(self, runtime.cudaHostUnregister, address).atexit = False

@@ -54,6 +54,7 @@ class TrainedStream(BlockStream):
         held = [_Held([t for p in block.parameters() for t in self.state.get(p, {}).values()]) for block in blocks]
         super().__init__(blocks, device, num_resident=num_resident, num_slots=num_slots, select=all_tensors)
         self._states = BlockStream(held, device, num_resident=num_resident, num_slots=num_slots)
+        self._on_host = {key: copy for flat in (*self.flat, *self._states.flat) for key, copy in flat.on_host.items()}
 
     def enter(self, index: int, order: Order) -> None:
         """`BlockStream.enter`; before a backward pass with the block's state."""
@@ -87,10 +88,7 @@ class TrainedStream(BlockStream):
     def on_host(self, tensor: Tensor) -> Tensor:
         """Where the host has a weight or a tensor of its state, as it was in the last `store`; what is in no block, as
         it is."""
-        for flat in (*self.flat, *self._states.flat):
-            if id(tensor) in flat.on_host:
-                return flat.on_host[id(tensor)]
-        return tensor
+        return self._on_host.get(id(tensor), tensor)
 
 
 def stream_trained_blocks(

@@ -111,7 +111,7 @@ def test_ways_that_fail_are_named_and_the_others_measured(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("broken", ["float32", "one way"])
 def test_a_check_that_fails_ends_nothing(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    measure = numerics._loss_and_gradients
+    measure = numerics._run_pass
 
     def fail(variant: Any, *arguments: Any) -> Any:
         computed = arguments[-1][1]
@@ -119,7 +119,7 @@ def test_a_check_that_fails_ends_nothing(broken: str, monkeypatch: pytest.Monkey
             raise RuntimeError("a kernel that does not compile")
         return measure(variant, *arguments)
 
-    monkeypatch.setattr(numerics, "_loss_and_gradients", fail)
+    monkeypatch.setattr(numerics, "_run_pass", fail)
     variants = [parse_variant(name) for name in ("recompute+eager", "keep_attention+eager")]
     options = {"rank": 4, "device": torch.device("cpu"), "dtype": torch.bfloat16}
     tf32 = torch.backends.cuda.matmul.allow_tf32
