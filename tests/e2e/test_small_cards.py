@@ -146,7 +146,7 @@ def test_full_fine_tuning_with_8_bit_state_says_so_and_resumes_bit_for_bit(
 def test_trained_blocks_that_come_and_go_give_the_same_run_and_go_on_anywhere(
     options: Callable[..., list[str]], run_command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit, videos too; the other way to keep them takes over at a checkpoint. Of 5 blocks, so that some leave."""
+    """Bit for bit, videos too; another number of those that stay takes over at a checkpoint. 5 blocks: some leave."""
     transformer, *others = ARCHITECTURES["tiny"]
     monkeypatch.setitem(ARCHITECTURES, "tiny-deep", (transformer | {"num_layers": 5}, *others))
     write_random_pipeline(tmp_path / "deep", "tiny-deep")
