@@ -106,7 +106,8 @@ class EightBitAdamW(torch.optim.Optimizer):
         }
         super().__init__(parameters, defaults)
         assert all(p.dtype == torch.bfloat16 and p.is_contiguous() for p in parameters)
-        self.state.update(state or {})
+        for parameter, tensors in (state or {}).items():
+            self.state[parameter].update(tensors)
         self.device = parameters[0].device
         self._seed = seed
         self._limit = torch.full((), settings.max_grad_norm or math.inf, device=self.device)

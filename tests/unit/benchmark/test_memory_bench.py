@@ -48,8 +48,8 @@ def test_full_fine_tuning_is_measured_where_its_weights_are(settings: list[str],
     task = vars(parse("--steps", "1", "--warmup", "1", *chosen)) | {"job": "sft", "cap": 0.0}
     found = CappedRun(task).measure()
     assert way in found["way"] and found["seconds"] > 0
-    least = 1e-4 if settings == ["optimizer=8bit"] else 1e-3
-    assert found["host_gib"] > least, "a block's activations, and weights and state where they are there"
+    assert found["host_gib"] > 0, "a block's activations"
+    assert (found["host_gib"] > 1e-4) == (settings != ["optimizer=8bit"]), "weights and state, where they are there"
 
 
 def test_what_fails_is_said_and_what_has_no_time_is_left_out(tmp_path: Path) -> None:
