@@ -105,7 +105,7 @@ def test_a_rank_that_does_not_answer_is_named(execute: Callable[..., int], tmp_p
         from cogtune.cluster import doctor
 
         if rank == 1:
-            doctor.measure_matmul = lambda _device: time.sleep(60)  # pyright: ignore[reportAttributeAccessIssue]
+            doctor.measure_matmul = lambda _device: time.sleep(600)  # pyright: ignore[reportAttributeAccessIssue]
 
     ranks = start_ranks(execute, tmp_path / "b", DOCTOR, [options] * 2, prepare=sleep)
     deadline_seconds = 12
