@@ -5,9 +5,12 @@ torchrun --nproc_per_node 2 tests/e2e/sharded_worker.py PIPELINE OUT
 For each case OUT/<case> is the checkpoint and OUT/<case>.pt what the trained weights are.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
+
+os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported
 
 import deepspeed
 import deepspeed.comm.torch

@@ -1,10 +1,7 @@
 """Checkpoints of several processes: written together beside training, read by any number, never half."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,33 +12,24 @@ from diffusers import CogVideoXPipeline
 from safetensors.torch import load_file
 
 from cogtune.shards.stored import StoredTensors
-from patience import patient
+from ranks import run_worker
 
 ROOT = Path(__file__).resolve().parents[2]
+WORKER = ROOT / "tests/e2e/checkpoint_worker.py"
 SFT = "train/sft.py"
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-
-
-def launch(num_processes: int, script: str, *arguments: object) -> None:
-    command = ["-m", "torch.distributed.run", "--nproc_per_node", str(num_processes), "--rdzv_backend", "c10d"]
-    command += ["--rdzv_endpoint", "localhost:0", str(ROOT / script), *map(str, arguments)]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=patient(240)
-    )
-    assert done.returncode == 0, done.stderr[-4000:] + done.stdout[-2000:]
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What four processes saved; everything that `checkpoint_worker.py` checks while it does has passed."""
     folder = tmp_path_factory.mktemp("shards")
-    launch(4, "tests/e2e/checkpoint_worker.py", "save", folder)
+    run_worker(4, WORKER, "save", folder, folder=folder / "printed")
     return folder
 
 
-def test_two_processes_read_what_four_wrote_under_every_division(saved: Path) -> None:
-    launch(2, "tests/e2e/checkpoint_worker.py", "load", saved)
+def test_two_processes_read_what_four_wrote_under_every_division(saved: Path, tmp_path: Path) -> None:
+    run_worker(2, WORKER, "load", saved, folder=tmp_path)
 
 
 @pytest.mark.parametrize("case", ["fsdp", "hsdp", "ddp"])
@@ -69,7 +57,7 @@ def test_a_divided_run_goes_on_in_one_process_and_the_other_way_round(
         {"script": SFT, "environment": FSDP, "arguments": options("part", **settings | part)},
     ]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
-    launch(2, "tests/e2e/strategies_worker.py", tmp_path / "cases.json")
+    run_worker(2, ROOT / "tests/e2e/strategies_worker.py", tmp_path / "cases.json", folder=tmp_path / "printed")
     expected = read_tensors(tmp_path / "alone/checkpoints/step-000004")
     for name in ("divided", "half"):
         close(read_tensors(tmp_path / name / "checkpoints/step-000004"), expected)

@@ -4,8 +4,6 @@ import argparse
 import json
 import shutil
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from cogtune.models import choose_device, find_folder, read_facts
 from cogtune.parallel.videos import plan_ranks
 from cogtune.sampling import set_up
 from cogtune.video import read_timeline
-from patience import patient
+from ranks import run_worker
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = ROOT / "tests/e2e/context_worker.py"
@@ -31,8 +29,8 @@ LOSS = 2e-5
 """Of float32 losses over 20 steps, relative."""
 
 
-def launch(num_processes: int, tasks: dict[str, Any], output: Path) -> None:
-    """Runs the worker's tasks under torchrun."""
+def launch(num_processes: int, tasks: dict[str, Any], output: Path, *, on_gpus: bool = False) -> None:
+    """Runs the worker's tasks on so many ranks."""
     count = 1 + sum(len(tasks.get(name, [])) for name in ("videos", "measurements", "commands"))
     sockets = [socket.socket() for _ in range(count)]
     for free in sockets:
@@ -43,16 +41,7 @@ def launch(num_processes: int, tasks: dict[str, Any], output: Path) -> None:
     output.mkdir(exist_ok=True)
     file = output / "tasks.json"
     file.write_text(json.dumps(tasks | {"ports": ports}))
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}", WORKER, file, output]
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=patient(220),
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr.partition("Traceback")[2][:5000]
+    run_worker(num_processes, WORKER, file, output, folder=output / "printed", on_gpus=on_gpus)
 
 
 ADAPTER = {"model": "tiny", "trained": "adapter"}

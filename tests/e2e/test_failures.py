@@ -14,11 +14,9 @@ from typing import Any
 import pytest
 
 from patience import patient
+from ranks import Ranks, find_free_port, start_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(Path(__file__).parent))
-from ranks import Ranks, find_free_port, start_ranks  # noqa: E402
-
 LORA = "train/lora.py"
 WITHIN_SECONDS = 60
 

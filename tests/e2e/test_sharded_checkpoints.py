@@ -1,10 +1,7 @@
 """Checkpoints of two processes under DeepSpeed and FSDP become an adapter and a pipeline that stock code loads."""
 
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +10,7 @@ import torch
 from diffusers import CogVideoXPipeline
 from safetensors.torch import load_file
 
-from patience import patient
+from ranks import run_worker
 
 ROOT = Path(__file__).resolve().parents[2]
 CONVERT = "scripts/convert.py"
@@ -25,19 +22,7 @@ FULL = ["zero2-full", "zero3-full", "fsdp-full", "fsdp-whole-full"]
 def saved(tiny_2b_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case, trained and saved by two processes in one go; copy one before changing it."""
     out = tmp_path_factory.mktemp("sharded")
-    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
-    command += [
-        "--rdzv_endpoint",
-        "localhost:0",
-        str(ROOT / "tests/e2e/sharded_worker.py"),
-        str(tiny_2b_folder),
-        str(out),
-    ]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=patient(220)
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_worker(2, ROOT / "tests/e2e/sharded_worker.py", tiny_2b_folder, out, folder=out / "printed")
     return out
 
 

@@ -70,7 +70,7 @@ def test_steps_over_several_gpus_equal_one(count: int, tmp_path: Path) -> None:
         shared | {"way": "ring", "activations": "keep_products", "backend": "flash"},
         shared | {"way": "ulysses", "trained": "all", "dtype": "float32", "autocast": True},
     ]
-    launch(count, {"steps": cases, "device": "cuda"}, tmp_path / "out")
+    launch(count, {"steps": cases, "device": "cuda"}, tmp_path / "out", on_gpus=True)
     for case in read_steps(tmp_path / "out"):
         assert case["errors"]["prediction"] < 0.02, case
         assert case["errors"]["gradients"] < 0.1, case
@@ -81,7 +81,7 @@ def test_a_video_over_several_gpus_equals_one(variant_folder: Callable[[str], Pa
     count = 4 if NUM_GPUS >= 4 else 2
     argv = ["--prompt", "a wave", "--dtype", "float32", "--compile", "on", "--output", "video.mp4"]
     argv = video_options(variant_folder("tiny"), *argv, device="cuda")
-    launch(count, {"videos": [argv]}, tmp_path / "out")
+    launch(count, {"videos": [argv]}, tmp_path / "out", on_gpus=True)
     expected, _ = frames_alone(argv)
     got = np.load(tmp_path / "out" / "video-0.npy")
     difference = np.abs(got.astype(int) - expected[0].astype(int))

@@ -183,9 +183,8 @@ def test_tables_of_released_sizes_tell_added_from_learned_positions(name: str) -
         "use_learned_positional_embeddings": learned,
     }
     config = sat.complete_config(config)
-    specs = sat.to_sat(
-        Tensors("meta", sat.model_specs(config), lambda key: torch.zeros(sat.model_specs(config)[key].shape)), config
-    ).specs
+    shapes = sat.model_specs(config)
+    specs = sat.to_sat(Tensors("meta", shapes, lambda key: torch.zeros(shapes[key].shape)), config).specs
     table = sat.make_sincos_table(config).half() if not learned else torch.randn(1, 17776, heads * head_dim)
     tensors = Tensors(name, {key: Spec(spec.shape, torch.float16) for key, spec in specs.items()}, lambda key: table)
     assert sat.derive_config(tensors) == config

@@ -76,7 +76,9 @@ def check(kind: Any, rank: int, world_size: int, folder: Path, *, offload: bool)
 
 def test_float32_weights_are_the_files(tiny_folder: Path, tmp_path: Path) -> None:
     """Of a part of the weights; three processes, so that parts end within weights."""
-    multiprocessing.spawn(check_on_rank, (3, tiny_folder, str(tmp_path / "store")), nprocs=3)
+    multiprocessing.start_processes(
+        check_on_rank, (3, tiny_folder, str(tmp_path / "store")), nprocs=3, start_method="fork"
+    )
 
 
 @pytest.mark.parametrize("compiled", [True, False])

@@ -116,7 +116,9 @@ def compare_on_rank(rank: int, world_size: int, folder: Path, store: str) -> Non
 
 
 def test_three_processes_read_their_parts(tiny_folder: Path, tmp_path: Path) -> None:
-    multiprocessing.spawn(compare_on_rank, (3, tiny_folder, str(tmp_path / "store")), nprocs=3)
+    multiprocessing.start_processes(
+        compare_on_rank, (3, tiny_folder, str(tmp_path / "store")), nprocs=3, start_method="fork"
+    )
 
 
 @pytest.mark.usefixtures("group")
@@ -169,4 +171,6 @@ def test_no_process_ever_holds_the_whole(empty: bool, tiny_folder: Path, tmp_pat
     for entry in tiny_folder.iterdir():
         if entry.name != "transformer":
             (wide / entry.name).symlink_to(entry)
-    multiprocessing.spawn(measure_on_rank, (2, wide, str(tmp_path / "store"), empty), nprocs=2)
+    multiprocessing.start_processes(
+        measure_on_rank, (2, wide, str(tmp_path / "store"), empty), nprocs=2, start_method="fork"
+    )

@@ -1,8 +1,10 @@
 """Several ranks of a command on a CPU, as copies of the test's own process: no launcher, and no seconds of imports."""
 
 import os
+import runpy
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -32,20 +34,37 @@ class Ranks:
     def kill(self, rank: int, number: int = signal.SIGKILL) -> None:
         os.kill(self.pids[rank], number)
 
-    def wait(self, seconds: float) -> list[int]:
-        """Exit codes by rank (minus the signal's number for a killed one); none may take longer than that."""
+    def wait(self, seconds: float, *, fail_together: bool = False) -> list[int]:
+        """Exit codes by rank (minus the signal's number for a killed one); none may take longer than that.
+
+        `fail_together`: as soon as one fails the others are ended, as a launcher does.
+        """
         deadline = time.monotonic() + patient(seconds)
         while len(self.codes) < len(self.pids) and time.monotonic() < deadline:
-            for rank, pid in enumerate(self.pids):
-                if rank not in self.codes:
-                    done, status = os.waitpid(pid, os.WNOHANG)
-                    if done:
-                        self.codes[rank] = os.waitstatus_to_exitcode(status)
-            time.sleep(0.02)
+            if fail_together and any(self.codes.values()):
+                self.end()
+            self._look()
         missing = [rank for rank in range(len(self.pids)) if rank not in self.codes]
         self.end()
         assert not missing, f"ranks {missing} are still there after {seconds} s:\n{self.text()}"
         return [self.codes[rank] for rank in range(len(self.pids))]
+
+    def wait_for(self, rank: int, seconds: float) -> int:
+        """One rank's exit code; the others may go on."""
+        deadline = time.monotonic() + patient(seconds)
+        while rank not in self.codes:
+            assert time.monotonic() < deadline, f"rank {rank} is still there after {seconds} s:\n{self.text()}"
+            self._look()
+        return self.codes[rank]
+
+    def _look(self) -> None:
+        """Notes who has ended, a moment later."""
+        for rank, pid in enumerate(self.pids):
+            if rank not in self.codes:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    self.codes[rank] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
 
     def end(self) -> None:
         for rank, pid in enumerate(self.pids):
@@ -103,3 +122,30 @@ def _forget_the_parent() -> None:
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(True)
+
+
+def run_worker(
+    num_ranks: int, script: Path, *arguments: object, folder: Path, seconds: float = 240, on_gpus: bool = False
+) -> None:
+    """A script as the main program of several ranks, which must succeed; what they print goes to `folder`.
+
+    On GPUs under torchrun: a process that has used one can't be copied.
+    """
+    if on_gpus:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
+        command += [str(script), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=patient(seconds), check=False)
+        assert done.returncode == 0, done.stderr.partition("Traceback")[2][:8000]
+        return
+    ranks = start_ranks(_run_as_main, folder, str(script), [list(map(str, arguments))] * num_ranks)
+    assert ranks.wait(seconds, fail_together=True) == [0] * num_ranks, ranks.text()[-8000:]
+
+
+def _run_as_main(script: str, *arguments: str) -> int:
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(Path(script).parent))
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
