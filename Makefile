@@ -12,7 +12,8 @@ PYTEST_ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/.stamp
-PIP := $(BIN)/python -m pip --disable-pip-version-check install $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+# Python compiles what it imports, a fifth of what is installed.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-compile $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 # Each worker holds PyTorch and models of its own, about 1 GB: one per core, at most four.
 # A file stays with one worker: what its tests share is made once. Long files come first.
 XDIST := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder

@@ -1,4 +1,7 @@
-"""Several ranks of a command on a CPU, as copies of the test's own process: no launcher, and no seconds of imports."""
+"""Several ranks on a CPU as copies of the test's own process: no launcher, and no seconds of imports.
+
+`run_worker` has a launcher for who wants one.
+"""
 
 import os
 import runpy
@@ -40,12 +43,15 @@ class Ranks:
         `fail_together`: as soon as one fails the others are ended, as a launcher does.
         """
         deadline = time.monotonic() + patient(seconds)
-        while len(self.codes) < len(self.pids) and time.monotonic() < deadline:
-            if fail_together and any(self.codes.values()):
-                self.end()
-            self._look()
-        missing = [rank for rank in range(len(self.pids)) if rank not in self.codes]
-        self.end()
+        try:
+            while len(self.codes) < len(self.pids) and time.monotonic() < deadline:
+                if fail_together and any(self.codes.values()):
+                    time.sleep(2)  # others may have more to say of it
+                    self.end()
+                self._look()
+            missing = [rank for rank in range(len(self.pids)) if rank not in self.codes]
+        finally:  # the test's own time limit too
+            self.end()
         assert not missing, f"ranks {missing} are still there after {seconds} s:\n{self.text()}"
         return [self.codes[rank] for rank in range(len(self.pids))]
 
@@ -70,11 +76,10 @@ class Ranks:
         for rank, pid in enumerate(self.pids):
             if rank not in self.codes:
                 os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                self.codes[rank] = -signal.SIGKILL
+                self.codes[rank] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
     def text(self) -> str:
-        return "\n".join(f"--- {path.name}\n{path.read_text()}" for path in self.outputs)
+        return "\n".join(f"--- {path.name}\n{path.read_text()[-6000:]}" for path in self.outputs)
 
 
 def start_ranks(
@@ -103,7 +108,7 @@ def start_ranks(
                 _forget_the_parent()
                 os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(options))})
                 os.environ.update({"LOCAL_WORLD_SIZE": str(len(options)), "MASTER_ADDR": "127.0.0.1"})
-                os.environ.update({"MASTER_PORT": port} | environment(rank))
+                os.environ.update({"MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""} | environment(rank))
                 prepare(rank)
                 code = execute(script, *arguments)
             except BaseException:  # noqa: BLE001  # a copy of the tests must not go on with the next one
@@ -125,20 +130,20 @@ def _forget_the_parent() -> None:
 
 
 def run_worker(
-    num_ranks: int, script: Path, *arguments: object, folder: Path, seconds: float = 240, on_gpus: bool = False
+    num_ranks: int, script: Path, *arguments: object, folder: Path, seconds: float = 240, launched: bool = False
 ) -> None:
     """A script as the main program of several ranks, which must succeed; what they print goes to `folder`.
 
-    On GPUs under torchrun: a process that has used one can't be copied.
+    `launched`: under torchrun, as on GPUs, since a process that has used one can't be copied; nothing is printed then.
     """
-    if on_gpus:
+    if launched:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
         command += [str(script), *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=patient(seconds), check=False)
-        assert done.returncode == 0, done.stderr.partition("Traceback")[2][:8000]
+        assert done.returncode == 0, done.stderr.partition("Traceback")[2][:8000] or done.stderr[-8000:]
         return
     ranks = start_ranks(_run_as_main, folder, str(script), [list(map(str, arguments))] * num_ranks)
-    assert ranks.wait(seconds, fail_together=True) == [0] * num_ranks, ranks.text()[-8000:]
+    assert ranks.wait(seconds, fail_together=True) == [0] * num_ranks, ranks.text()
 
 
 def _run_as_main(script: str, *arguments: str) -> int:
@@ -147,5 +152,7 @@ def _run_as_main(script: str, *arguments: str) -> int:
     try:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code)
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0

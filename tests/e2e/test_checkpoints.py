@@ -57,7 +57,8 @@ def test_a_divided_run_goes_on_in_one_process_and_the_other_way_round(
         {"script": SFT, "environment": FSDP, "arguments": options("part", **settings | part)},
     ]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
-    run_worker(2, ROOT / "tests/e2e/strategies_worker.py", tmp_path / "cases.json", folder=tmp_path / "printed")
+    worker, printed = ROOT / "tests/e2e/strategies_worker.py", tmp_path / "printed"
+    run_worker(2, worker, tmp_path / "cases.json", folder=printed, launched=True)
     expected = read_tensors(tmp_path / "alone/checkpoints/step-000004")
     for name in ("divided", "half"):
         close(read_tensors(tmp_path / name / "checkpoints/step-000004"), expected)

@@ -41,7 +41,7 @@ def launch(num_processes: int, tasks: dict[str, Any], output: Path, *, on_gpus: 
     output.mkdir(exist_ok=True)
     file = output / "tasks.json"
     file.write_text(json.dumps(tasks | {"ports": ports}))
-    run_worker(num_processes, WORKER, file, output, folder=output / "printed", on_gpus=on_gpus)
+    run_worker(num_processes, WORKER, file, output, folder=output / "printed", launched=on_gpus)
 
 
 ADAPTER = {"model": "tiny", "trained": "adapter"}
@@ -167,9 +167,10 @@ def test_four_processes(
     validated = {"validation__enabled": "true", "validation__num_inference_steps": 2, "data__validation_clips": 3}
     full = {"train__max_steps": 20, "schedule__name": "constant"}
     commands = [
-        ["train/lora.py", *options("lora-four", **shared, **four, adapter__rank=4)],
-        ["train/sft.py", *options("sft-pairs", **full, **pairs, **validated), "--validation.prompts=a wave"],
-        ["scripts/generate.py", *video_options(tiny), "--prompt", "a wave", "--seed", "1", "--seed", "2",
+        [str(ROOT / "train/lora.py"), *options("lora-four", **shared, **four, adapter__rank=4)],
+        [str(ROOT / "train/sft.py"), *options("sft-pairs", **full, **pairs, **validated),
+         "--validation.prompts=a wave"],
+        [str(ROOT / "scripts/generate.py"), *video_options(tiny), "--prompt", "a wave", "--seed", "1", "--seed", "2",
          "--seed", "3", "--gpus-per-video", "2", "--output", str(tmp_path / "videos" / "out.mp4")],
     ]  # fmt: skip
     videos = [

@@ -9,6 +9,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from ranks import start_ranks
+
 CLIPS = ("clip0.mp4", "clip1.mp4")
 SEED_THAT_BEGINS_WITH_IT = 0
 """Of a run over two clips: the second one, the prior, is its first sample."""
@@ -90,7 +92,7 @@ def test_the_plan_says_what_prior_clips_are_trained_towards(make_job: Callable[.
 
 
 def test_a_penalty_holds_the_adapter_back_in_one_process_and_in_two(
-    make_job: Callable[..., Path], run_command: Any, run_process: Any, tmp_path: Path
+    make_job: Callable[..., Path], run_command: Any, execute: Callable[..., int], tmp_path: Path
 ) -> None:
     """A mighty one leaves nearly nothing of the updates that a run without it makes; two processes find the same."""
     runs = {"free": {}, "held": {"prior_penalty": 1e6, "prior_penalty_samples": 4}}
@@ -103,9 +105,8 @@ def test_a_penalty_holds_the_adapter_back_in_one_process_and_in_two(
         size[name] = sum(float(tensor.square().sum()) for key, tensor in tensors.items() if "lora_B" in key)
     assert 0 < size["held"] < 0.5 * size["free"]
     job = make_job("two", batch_size=1, max_steps=6, **runs["held"])
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--standalone", "train/lora.py", "--config", job]
-    done = run_process(*launcher, CUDA_VISIBLE_DEVICES="")
-    assert done.code == 0, done.err
+    ranks = start_ranks(execute, tmp_path / "printed", "train/lora.py", [["--config", str(job)]] * 2)
+    assert ranks.wait(120) == [0, 0], ranks.text()
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "held"), rel=1e-3)
 
 

@@ -97,9 +97,17 @@ def test_convert_and_export_push_what_they_wrote_with_its_card(
 
 @pytest.mark.parametrize("case", ["no login", "wrong token", "name", "no card", "another folder", "no server"])
 def test_what_cannot_be_pushed_says_why(
-    case: str, push: Callable, hub: Hub, adapter_folder: Path, tmp_path: Path
+    case: str,
+    push: Callable,
+    run_command: Callable,
+    hub: Hub,
+    adapter_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     token, name, folder = TOKEN, "me/my-lora", adapter_folder
+    in_this_process = case in ("name", "no card", "another folder")  # refused before anything is sent
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     if case == "no login":
         token, message = "", "not logged in to the hub; run 'hf auth login', or set HF_TOKEN"
     elif case == "wrong token":
@@ -114,7 +122,8 @@ def test_what_cannot_be_pushed_says_why(
     else:
         hub.close()
         message = "the upload failed"
-    done = push("scripts/push.py", folder, "--push-to-hub", name, token=token)
+    arguments = ("scripts/push.py", folder, "--push-to-hub", name)
+    done = run_command(*arguments) if in_this_process else push(*arguments, token=token)
     assert done.code == 2 and done.err.count("error: ") == 1 and message in done.err, done.err
     assert ("Traceback" not in done.err and token not in (done.out + done.err or "x") + "") or not token
     assert not hub.files

@@ -29,13 +29,14 @@ def clean_gpu() -> Iterator[None]:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     yield
     torch._dynamo.reset()
 
 
 @pytest.fixture
-def measure_peak() -> Callable[[Any, Callable[[Any], dict[str, torch.Tensor]]], int]:
+def measure_peak(clean_gpu: None) -> Callable[[Any, Callable[[Any], dict[str, torch.Tensor]]], int]:
     """Peak bytes of adapter steps with AdamW after a first one: `measure_peak(transformer, step)`.
 
     `step(transformer)` gives the gradients by name. What tests before left on the GPU doesn't count.
