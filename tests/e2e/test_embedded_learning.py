@@ -12,8 +12,12 @@ from cogtune.shapes.captions import concept_prompts
 from cogtune.shapes.comparison import draw_clips
 from cogtune.shapes.demonstration import pick_evenly
 from cogtune.shapes.scoring import load_scored_pipeline, score_prompts
+from patience import takes_minutes
 
-pytestmark = pytest.mark.timeout(1800)  # 120 steps on one core, twice as long where others want it as well
+pytestmark = [
+    takes_minutes,
+    pytest.mark.timeout(1800),
+]  # 120 steps on one core
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = {
     "train.max_steps": 120,

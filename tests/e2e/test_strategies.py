@@ -14,7 +14,10 @@ import torch
 from diffusers import CogVideoXPipeline
 from safetensors.torch import load_file
 
+from patience import takes_minutes
 from ranks import run_worker
+
+pytestmark = takes_minutes
 
 ROOT = Path(__file__).resolve().parents[2]
 LORA, SFT = "train/lora.py", "train/sft.py"

@@ -12,6 +12,7 @@ from cogtune.shapes.captions import base_prompts
 from cogtune.shapes.render import render
 from cogtune.shapes.scoring import score_prompts
 from cogtune.shapes.world import sample_clip
+from patience import takes_minutes
 
 
 def test_it_is_small_and_found_by_its_name():
@@ -34,6 +35,7 @@ def test_its_autoencoder_keeps_unseen_clips():
     assert 10 * np.log10(255**2 / np.mean(errors)) > 32.0
 
 
+@takes_minutes
 def test_stock_diffusers_draws_what_unseen_prompts_ask_for():
     pipeline = CogVideoXPipeline.from_pretrained(find_folder("tiny"), torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
