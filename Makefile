@@ -12,9 +12,9 @@ PYTEST_ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/.stamp
-# Python compiles what it imports, a fifth of what is installed.
+# Python compiles what it imports, which is far less than what is installed.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-compile $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
-# Each worker holds PyTorch and models of its own, about 1 GB: one per core, at most four.
+# Each worker holds PyTorch and models of its own, 1 to 2 GB: one per core, at most four.
 # A file stays with one worker: what its tests share is made once. Long files come first.
 XDIST := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # Freed memory stays with the process: what is given back and asked for again costs page faults, up to a third of the time.

@@ -149,10 +149,5 @@ def run_worker(
 def _run_as_main(script: str, *arguments: str) -> int:
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).parent))
-    try:
-        runpy.run_path(script, run_name="__main__")
-    except SystemExit as end:
-        if isinstance(end.code, str):
-            print(end.code)
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    runpy.run_path(script, run_name="__main__")
     return 0
