@@ -12,8 +12,10 @@ PYTEST_ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/.stamp
+# PyTorch by pip, whose settings may name a build of it; the rest by uv, which takes a fifth of pip's time, or by pip where uv fails.
 # Python compiles what it imports, which is far less than what is installed.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-compile $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+UV := $(BIN)/uv pip install --python $(BIN)/python $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 # Each worker holds PyTorch and models of its own, 1 to 2 GB: one per core, at most four.
 # A file stays with one worker: what its tests share is made once. Long files come first.
 XDIST := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
@@ -50,5 +52,5 @@ endif
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@echo "installing into .venv (the first time takes a few minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@{ $(PIP) "$(TORCH)" && $(PIP) --editable ".[dev]"; } > .venv/install.log 2>&1 || { tail -n 25 .venv/install.log; exit 1; }
+	@{ $(PIP) "$(TORCH)" uv && { $(UV) --editable ".[dev]" || $(PIP) --editable ".[dev]"; }; } > .venv/install.log 2>&1 || { tail -n 25 .venv/install.log; exit 1; }
 	@echo "$(strip $(WANTED))" > $@

@@ -22,11 +22,40 @@ import numpy as np
 import pytest
 import torch
 
-from patience import patient
+from patience import OVER, UNTIL, patient, skip_when_over
 
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where time is limited the quick tests of single parts come first, then training, then whole runs."""
+    if UNTIL:
+        items.sort(key=lambda item: (item.path.parent.name == "e2e", item.path.name != "test_training.py"))
+
+
+def pytest_runtest_setup() -> None:
+    skip_when_over()
+
+
+def _find_late(reporter: pytest.TerminalReporter) -> list[str]:
+    """The files of the tests that had no time, one for each test."""
+    skipped = reporter.getreports("skipped")
+    return [report.nodeid.split("::")[0] for report in skipped if OVER in str(report.longrepr)]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fails a run that had time for less than half of its tests."""
+    reporter = session.config.pluginmanager.getplugin("terminalreporter")
+    if reporter and len(_find_late(reporter)) > len(reporter.getreports("passed")):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says how many tests had no time, and of which files."""
+    if late := _find_late(terminalreporter):
+        terminalreporter.write_line(f"NOT RUN: {len(late)} tests, {OVER}: {', '.join(sorted(set(late)))}")
 
 
 @dataclass(frozen=True)

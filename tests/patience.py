@@ -1,4 +1,9 @@
-"""How long tests wait for what should have come: limits that are there for hangs, longer on a slow machine."""
+"""How long tests wait for what should have come, and how long all of them may take.
+
+Limits of single waits are there for hangs and longer on a slow machine. `COGTUNE_TESTS_UNTIL`, seconds since 1970, ends
+a run that has no more time (`.ci/run` sets it): what is left then is not run, and the summary says how much. A run that
+had time for less than half has failed.
+"""
 
 import os
 import time
@@ -31,3 +36,12 @@ takes_minutes = pytest.mark.skipif(
     reason=f"takes many minutes on a machine {_slowness():.1f} times slower than usual; COGTUNE_ALL_TESTS=1 runs it",
 )
 """For tests that train or draw at length: skipped where a whole run would take over an hour."""
+
+UNTIL = os.environ.get("COGTUNE_TESTS_UNTIL")
+OVER = "the tests' time was over (COGTUNE_TESTS_UNTIL)"
+
+
+def skip_when_over() -> None:
+    """Skips the test that is to begin, if the time of all tests is over."""
+    if UNTIL and time.time() > float(UNTIL):
+        pytest.skip(OVER)
