@@ -19,7 +19,7 @@ from cogtune.shapes.demonstration import count_scorers, format_rows, run_step, s
 from cogtune.shapes.scoring import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
 
 FOLDER, CONFIG = Path("runs/demo"), "configs/demo.yaml"
-NUM_ORDINARY, WEIGHT = 96, 12  # clips of the base's own world against forgetting; showings of the concept's for theirs
+WEIGHT = 12  # showings of the concept's clips for one of the base's own world
 PROMPT = "a blue zibber on a white background"
 
 
@@ -27,6 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=6, help="videos of each kind for the table (default: 6)")
+    parser.add_argument("--ordinary", type=int, default=96, help="clips against forgetting (default: 96)")
     parser.add_argument("--steps", type=int, help="training steps, to try the way only (default: the config's)")
     return parser.parse_args()
 
@@ -39,7 +40,7 @@ def main() -> None:
     started = time.monotonic()
     run_step(
         "data/make_shapes.py", "--out", str(FOLDER / "clips"), "--split", "concept",
-        "--ordinary", str(NUM_ORDINARY), "--weight", str(WEIGHT),
+        "--ordinary", str(arguments.ordinary), "--weight", str(WEIGHT),
     )  # fmt: skip
     run_step("data/make_shapes.py", "--out", str(FOLDER / "held_out"), "--split", "concept_held_out", "--count", "6")
     run_step("data/check.py", "--config", CONFIG)

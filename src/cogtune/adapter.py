@@ -23,10 +23,10 @@ from safetensors import SafetensorError, safe_open
 
 from cogtune.config import AdapterSettings
 from cogtune.errors import UserError, nearest
+from cogtune.formats.file_names import WEIGHTS_NAME
 from cogtune.formats.tensors import Tensors, hold
 from cogtune.frozen import apply_updated, is_frozen
 
-WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 ADAPTER_NAME = "default"
 # What decides the adapter's strength and shape. PEFT's config has more keys, but they change with its releases, and a
 # key that the reader's release doesn't know makes the file unreadable there.

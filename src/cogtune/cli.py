@@ -42,6 +42,17 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
+def parse_adapter(text: str) -> tuple[Path, float]:
+    """`PATH[:scale]`; a colon that no number follows belongs to the path."""
+    path, colon, scale = text.rpartition(":")
+    if colon:
+        try:
+            return Path(path), float(scale)
+        except ValueError:
+            pass  # no scale behind the colon
+    return Path(text), 1.0
+
+
 def parse_run(description: str, argv: list[str] | None = None) -> Invocation:
     """The config of a training or data command from its arguments (default: the process's own).
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from cogtune.acceleration import Offload, Quantization, Switch
 from cogtune.adapter import find_adapter_file
-from cogtune.cli import CommandParser
+from cogtune.cli import CommandParser, parse_adapter
 from cogtune.errors import UserError
 from cogtune.models import ModelFacts
 from cogtune.step_cache import CacheSettings, make_settings
@@ -60,17 +60,6 @@ class GenerationOptions:
         """Sampling steps of all videos together."""
         steps = self.steps if self.strength is None else int(self.steps * self.strength)
         return steps * len(self.prompts) * len(self.seeds)
-
-
-def parse_adapter(text: str) -> tuple[Path, float]:
-    """`PATH[:scale]`; a colon that no number follows belongs to the path."""
-    path, colon, scale = text.rpartition(":")
-    if colon:
-        try:
-            return Path(path), float(scale)
-        except ValueError:
-            pass  # no scale behind the colon
-    return Path(text), 1.0
 
 
 def parse_generation(description: str, argv: list[str] | None = None) -> GenerationOptions:

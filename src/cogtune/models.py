@@ -17,11 +17,11 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXD
 from cogtune.errors import UserError
 from cogtune.frame_convolution import use_frame_convolutions
 from cogtune.launch import read_launch
-from cogtune.variants import VARIANTS, SizeRule
+from cogtune.variants import DTYPE_NAMES, VARIANTS, SizeRule
 
 COMPONENTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
 EMBEDDED = Path(__file__).parent / "embedded"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 Scheduler = CogVideoXDDIMScheduler | CogVideoXDPMScheduler
 
 

@@ -63,6 +63,7 @@ class Variant:
     """Other lengths and sizes that it supports."""
 
 
+DTYPE_NAMES = ("float32", "bfloat16", "float16")
 _VERSION_1_5 = SizeRule(short_side=768, max_long_side=1360, multiple=16, frame_step=16, max_frames=161)
 _5B = {"num_layers": 42, "num_attention_heads": 48, "use_rotary_positional_embeddings": True}
 

@@ -10,11 +10,12 @@ from tests.unit.test_adapter import make_trained
 
 from cogtune import generation, models
 from cogtune.adapter import save_adapter
+from cogtune.cli import parse_adapter
 from cogtune.config import AdapterSettings
 from cogtune.encoding import embed
 from cogtune.errors import UserError
 from cogtune.frame_convolution import use_frame_convolutions
-from cogtune.generation_options import make_requests, output_path, parse_adapter, parse_generation
+from cogtune.generation_options import make_requests, output_path, parse_generation
 from cogtune.video_request import Request
 
 REQUEST = Request("a red ball", 17, 64, 96, seed=3, negative_prompt="blue", num_inference_steps=3, guidance_scale=4.0)

@@ -16,8 +16,6 @@ Each also says how far it is from one GPU's result: the first loss, and the late
 
 import argparse
 import json
-import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -28,13 +26,13 @@ from typing import Any, get_args
 import torch
 
 from cogtune.arrangement import Activations
+from cogtune.benchmark.launches import end_launch
 from cogtune.errors import UserError
 from cogtune.random_pipeline import ARCHITECTURES
 
 WAYS = {"train": ("ulysses", "ring"), "generate": ("halves", "ulysses", "ring")}
 _BY_DEFAULT = {"train": WAYS["train"], "generate": ("halves", "ulysses")}
 ALONE = "alone"
-_END_SECONDS = 40  # the launcher takes 30 to end processes that do not listen
 _LEAST_SECONDS = 5
 _WORKER = ["-m", "cogtune.benchmark.shared_work"]
 
@@ -138,7 +136,7 @@ def _run_apart(part: str, arguments: argparse.Namespace, folder: Path, seconds: 
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
-            _end(process)
+            end_launch(process)
     if output.is_file():  # also where it was ended after it had measured
         return json.loads(output.read_text(encoding="utf-8"))
     said = log.read_text(encoding="utf-8", errors="replace").strip()
@@ -146,20 +144,6 @@ def _run_apart(part: str, arguments: argparse.Namespace, folder: Path, seconds: 
     how = f"ended with {process.returncode}" if process.returncode >= 0 else f"not done after {seconds:.0f} s"
     errors = [line for line in said.splitlines() if "Error" in line]
     return {"error": f"{how}: {(errors or said.splitlines() or ['nothing was said'])[0][-400:]}"}
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a launch and all processes of its session."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            break
-        try:
-            process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            continue
-    process.wait()
 
 
 def describe(results: dict[str, Any]) -> str:

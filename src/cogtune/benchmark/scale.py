@@ -9,10 +9,8 @@ run does; a part that runs out of memory is tried once more with the least. Samp
 """
 
 import argparse
-import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +20,7 @@ from typing import Any
 
 import torch
 
+from cogtune.benchmark.launches import end_launch
 from cogtune.errors import UserError
 from cogtune.random_pipeline import ARCHITECTURES
 
@@ -117,9 +116,7 @@ def _run_apart(arguments: argparse.Namespace, part: str, activations: str, secon
         except subprocess.TimeoutExpired:
             return {"error": f"not done after {seconds:.0f} s: {_tail(log, 600)}"}
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            end_launch(process)
         if not output.is_file():
             return {"error": _tail(log, 3000) or f"ended with {process.returncode}"}
         return json.loads(output.read_text(encoding="utf-8"))

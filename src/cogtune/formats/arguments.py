@@ -6,11 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cogtune.cli import CommandParser
+from cogtune.cli import CommandParser, parse_adapter
 from cogtune.errors import UserError
 from cogtune.formats.hub import check_push
-from cogtune.generation_options import parse_adapter
-from cogtune.models import DTYPES
+from cogtune.variants import DTYPE_NAMES
 
 
 def make_parser(description: str) -> CommandParser:
@@ -42,7 +41,7 @@ def add_hub(parser: argparse.ArgumentParser, *, required: bool) -> None:
 
 def add_precision(parser: argparse.ArgumentParser) -> None:
     """The precision of what is written."""
-    parser.add_argument("--dtype", choices=list(DTYPES), help="cast to this; default: as it is, bit for bit")
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, help="cast to this; default: as it is, bit for bit")
 
 
 def add_shards(parser: argparse.ArgumentParser) -> None:

@@ -6,8 +6,8 @@ The token is `HF_TOKEN`, or the one that `hf auth login` keeps; it is written no
 import importlib
 from pathlib import Path
 
-from cogtune.adapter import WEIGHTS_NAME
 from cogtune.errors import UserError
+from cogtune.formats.file_names import WEIGHTS_NAME
 
 # What belongs to an adapter or a pipeline; logs, checkpoints and anything that can run code stay here.
 _PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md"]

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 
-from cogtune.adapter import WEIGHTS_NAME
 from cogtune.errors import UserError
+from cogtune.formats.file_names import WEIGHTS_NAME
 from cogtune.formats.lora_keys import Style, make_key, make_sat_key, parse_key, parse_sat_key
 from cogtune.formats.sat_folder import open_sat, write_sat_folder
 from cogtune.formats.tensors import Spec, Tensors, cast, hold, open_safetensors

@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from cogtune.adapter import WEIGHTS_NAME
 from cogtune.errors import UserError
+from cogtune.formats.file_names import WEIGHTS_NAME
 from cogtune.formats.hub import push_folder
 from cogtune.formats.lora import Adapter, write_adapter
 from cogtune.formats.lora_keys import Style, describe_layers

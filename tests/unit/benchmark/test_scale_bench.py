@@ -8,6 +8,7 @@ import pytest
 
 from cogtune.benchmark import scale
 from cogtune.errors import UserError
+from patience import patient
 
 
 def bench(*options: str) -> argparse.Namespace:
@@ -19,7 +20,8 @@ def bench(*options: str) -> argparse.Namespace:
 
 def test_parts_are_measured_against_one_process(tmp_path: Path) -> None:
     file = tmp_path / "scale.json"
-    results = scale.run(bench("--parts", "sft-one,sft-fsdp2", "--json", str(file)))
+    limits = ("--time_limit", str(patient(170)), "--total_time_limit", str(patient(570)))
+    results = scale.run(bench("--parts", "sft-one,sft-fsdp2", "--json", str(file), *limits))
     assert json.loads(file.read_text()) == json.loads(json.dumps(results))
     one, two = results["parts"]["sft-one"], results["parts"]["sft-fsdp2"]
     assert (one["num_processes"], two["num_processes"]) == (1, 2) and two["strategy"].startswith("FSDP2")
