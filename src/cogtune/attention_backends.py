@@ -25,10 +25,11 @@ SDPA_BACKENDS: dict[Backend, list[SDPBackend]] = {
     "flash3": [SDPBackend.FLASH_ATTENTION],
     "flash4": [SDPBackend.FLASH_ATTENTION],
 }
-# Packages that take over PyTorch's flash backend once they are activated.
-_PACKAGES: dict[Backend, tuple[str, str]] = {
-    "flash3": ("FA3", "flash_attn_interface"),
-    "flash4": (flash4.IMPLEMENTATION, "flash_attn.cute"),
+# Packages that take over PyTorch's flash backend once they are activated, by the name of what they register and the
+# modules that they need. FlashAttention-2 brings the first of version 4 along, but not the compiler that it needs.
+_PACKAGES: dict[Backend, tuple[str, tuple[str, ...]]] = {
+    "flash3": ("FA3", ("flash_attn_interface",)),
+    "flash4": (flash4.IMPLEMENTATION, ("flash_attn.cute", "cutlass")),
 }
 _SMALL_SCORES = 2**26
 """Bytes of float32 scores up to which a CPU computes attention in 16 bits by plain products. Its fused kernel takes
@@ -67,12 +68,12 @@ class BackendTiming:
 
 
 def is_installed(backend: Backend) -> bool:
-    """Whether the package behind a backend can be imported and this PyTorch can hand attention to it."""
+    """Whether the modules behind a backend are there and this PyTorch can hand attention to them."""
     if backend not in _PACKAGES:
         return True
-    module = _PACKAGES[backend][1]
+    modules = _PACKAGES[backend][1]
     with contextlib.suppress(ModuleNotFoundError):  # a missing parent package
-        found = importlib.util.find_spec(module) is not None
+        found = all(importlib.util.find_spec(module) for module in modules)
         return found and hasattr(torch_attention, "activate_flash_attention_impl")
     return False
 
@@ -106,9 +107,10 @@ def check_backend(
     if device.type != "cuda":
         raise UserError(f"train.attention={wanted}: a kernel for GPUs, and this run is on a CPU; use auto or default")
     if not is_installed(wanted):
+        modules = " or no ".join(_PACKAGES[wanted][1])
         raise UserError(
-            f"train.attention={wanted}: PyTorch {torch.__version__} finds no package {_PACKAGES[wanted][1]!r} that it "
-            "can hand attention to; install it, or use auto"
+            f"train.attention={wanted}: PyTorch {torch.__version__} finds no {modules} that it can hand attention to; "
+            "install what is missing, or use auto"
         )
     timings = measure_backends(
         batch_size=1,

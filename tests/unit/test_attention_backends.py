@@ -102,7 +102,7 @@ def test_a_cpu_refuses_kernels_for_gpus(wanted: Backend) -> None:
 
 def test_missing_packages_and_kernels_without_support_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not is_installed("flash3") and not is_installed("flash4") and is_installed("flash")
-    with pytest.raises(UserError, match="finds no package 'flash_attn_interface'"):
+    with pytest.raises(UserError, match="finds no flash_attn_interface that it can"):
         check_backend("flash3", device=CUDA, **SHAPE)
     tried: list[Any] = []
 
@@ -134,14 +134,28 @@ def test_a_package_is_active_for_a_while_only(monkeypatch: pytest.MonkeyPatch) -
         assert active == [None, "FA3", None]
 
 
+def install(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    for name in names:
+        module = type(sys)(name)
+        module.__spec__ = sys.__spec__
+        monkeypatch.setitem(sys.modules, name, module)
+
+
 def test_an_installed_package_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = type(sys)("flash_attn_interface")
-    module.__spec__ = sys.__spec__
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+    install(monkeypatch, "flash_attn_interface")
     monkeypatch.setattr(torch_attention, "activate_flash_attention_impl", print, raising=False)
     assert is_installed("flash3")
     monkeypatch.delattr(torch_attention, "activate_flash_attention_impl")
     assert not is_installed("flash3"), "a PyTorch that can't hand attention to it"
+
+
+def test_the_fourth_version_is_not_found_without_its_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As FlashAttention-2 brings it along."""
+    monkeypatch.setattr(torch_attention, "activate_flash_attention_impl", print, raising=False)
+    install(monkeypatch, "flash_attn", "flash_attn.cute")
+    assert not is_installed("flash4")
+    install(monkeypatch, "cutlass")
+    assert is_installed("flash4")
 
 
 class Interface:
