@@ -9,6 +9,7 @@ os.environ.setdefault("COGTUNE_CACHE", f"{tempfile.gettempdir()}/cogtune-tests")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import gc
 import importlib.util
 import json
 import subprocess
@@ -25,6 +26,10 @@ import torch
 from patience import OVER, UNTIL, patient, skip_when_over
 
 torch.set_num_threads(1)
+
+# What was let go of before a fork is never collected in the copy: of a process group, whose threads are not there, that
+# would be a crash.
+os.register_at_fork(after_in_child=gc.freeze)
 
 ROOT = Path(__file__).resolve().parents[1]
 
