@@ -12,12 +12,14 @@ PYTEST_ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/.stamp
-# PyTorch by pip, whose settings may name a build of it; the rest by uv, which takes a fifth of pip's time, or by pip where uv fails.
+# PyTorch by pip, whose settings may name a build of it. The rest by uv, which is faster, unless pip has an index of its own, which uv doesn't
+# look at; where uv is missing or fails, by pip.
 # Python compiles what it imports, which is far less than what is installed.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-compile $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+OWN_INDEX := $(BIN)/python -m pip config list | grep -q '\.index-url='
 UV := $(BIN)/uv pip install --python $(BIN)/python $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 # Each worker holds PyTorch and models of its own, 1 to 2 GB: one per core, at most four.
-# A file stays with one worker: what its tests share is made once. Long files come first.
+# A file stays with one worker: what its tests share is made once. Files come in their order, the long ones of e2e first.
 XDIST := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # Freed memory stays with the process: what is given back and asked for again costs page faults, up to a third of the time.
 MALLOC := MALLOC_TRIM_THRESHOLD_=2000000000 MALLOC_MMAP_THRESHOLD_=33554432
@@ -52,5 +54,5 @@ endif
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@echo "installing into .venv (the first time takes a few minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@{ $(PIP) "$(TORCH)" uv && { $(UV) --editable ".[dev]" || $(PIP) --editable ".[dev]"; }; } > .venv/install.log 2>&1 || { tail -n 25 .venv/install.log; exit 1; }
+	@{ $(PIP) "$(TORCH)" && { { ! $(OWN_INDEX) && $(PIP) uv && $(UV) --editable ".[dev]"; } || $(PIP) --editable ".[dev]"; }; } > .venv/install.log 2>&1 || { tail -n 25 .venv/install.log; exit 1; }
 	@echo "$(strip $(WANTED))" > $@

@@ -12,8 +12,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import gc
 import importlib.util
 import json
+import math
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ import numpy as np
 import pytest
 import torch
 
-from patience import OVER, UNTIL, patient, skip_when_over
+from patience import OVER, SLOW, UNTIL, patient, skip_when_over
 
 torch.set_num_threads(1)
 
@@ -35,32 +37,34 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where time is limited the quick tests of single parts come first, then training, then whole runs."""
-    if UNTIL:
-        items.sort(key=lambda item: (item.path.parent.name == "e2e", item.path.name != "test_training.py"))
+    """Where time is limited the main job comes first, then single parts, then other whole runs."""
+    if math.isfinite(UNTIL):
+        items.sort(key=lambda item: (item.path.name != "test_training.py", item.path.parent.name == "e2e"))
 
 
 def pytest_runtest_setup() -> None:
     skip_when_over()
 
 
-def _find_late(reporter: pytest.TerminalReporter) -> list[str]:
-    """The files of the tests that had no time, one for each test."""
+def _count_skipped(reporter: pytest.TerminalReporter, reason: str) -> Counter[str]:
+    """Tests of each file that were skipped for this reason."""
     skipped = reporter.getreports("skipped")
-    return [report.nodeid.split("::")[0] for report in skipped if OVER in str(report.longrepr)]
+    return Counter(report.nodeid.split("::")[0] for report in skipped if reason in str(report.longrepr))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Fails a run that had time for less than half of its tests."""
-    reporter = session.config.pluginmanager.getplugin("terminalreporter")
-    if reporter and len(_find_late(reporter)) > len(reporter.getreports("passed")):
+    """Fails a run that left out more for want of time than it passed."""
+    reporter: Any = session.config.pluginmanager.getplugin("terminalreporter")
+    if reporter and _count_skipped(reporter, OVER).total() > len(reporter.getreports("passed")):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Says how many tests had no time, and of which files."""
-    if late := _find_late(terminalreporter):
-        terminalreporter.write_line(f"NOT RUN: {len(late)} tests, {OVER}: {', '.join(sorted(set(late)))}")
+    """Says how many tests were left out for want of time, and of which files."""
+    for reason in (OVER, SLOW):
+        if left := _count_skipped(terminalreporter, reason):
+            files = ", ".join(f"{count} of {file}" for file, count in sorted(left.items()))
+            terminalreporter.write_line(f"NOT RUN: {left.total()} tests, {reason}: {files}")
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ SDPA_BACKENDS: dict[Backend, list[SDPBackend]] = {
 # modules that they need. FlashAttention-2 brings the first of version 4 along, but not the compiler that it needs.
 _PACKAGES: dict[Backend, tuple[str, tuple[str, ...]]] = {
     "flash3": ("FA3", ("flash_attn_interface",)),
-    "flash4": (flash4.IMPLEMENTATION, ("flash_attn.cute", "cutlass")),
+    "flash4": (flash4.IMPLEMENTATION, ("cutlass", "flash_attn.cute")),
 }
 _SMALL_SCORES = 2**26
 """Bytes of float32 scores up to which a CPU computes attention in 16 bits by plain products. Its fused kernel takes
@@ -107,10 +107,11 @@ def check_backend(
     if device.type != "cuda":
         raise UserError(f"train.attention={wanted}: a kernel for GPUs, and this run is on a CPU; use auto or default")
     if not is_installed(wanted):
-        modules = " or no ".join(_PACKAGES[wanted][1])
+        modules = " and ".join(_PACKAGES[wanted][1])
+        remedy = "pip install 'cogtune[flash4]'" if wanted == "flash4" else f"install {modules}"
         raise UserError(
-            f"train.attention={wanted}: PyTorch {torch.__version__} finds no {modules} that it can hand attention to; "
-            "install what is missing, or use auto"
+            f"train.attention={wanted}: needs the modules {modules} and a PyTorch that hands them attention (this is "
+            f"{torch.__version__}); {remedy}, or use auto"
         )
     timings = measure_backends(
         batch_size=1,

@@ -1,5 +1,7 @@
 """Uploads to a local stand-in of the hub: what arrives, who may, and that the token is written nowhere."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -127,3 +129,13 @@ def test_what_cannot_be_pushed_says_why(
     assert done.code == 2 and done.err.count("error: ") == 1 and message in done.err, done.err
     assert ("Traceback" not in done.err and token not in (done.out + done.err or "x") + "") or not token
     assert not hub.files
+
+
+def test_nothing_heavy_is_imported_to_push(root: Path, tmp_path: Path) -> None:
+    code = (
+        "import runpy, sys; sys.argv = ['push.py', sys.argv[1], '--push-to-hub', 'me/mine']\n"
+        f"try: runpy.run_path({str(root / 'scripts' / 'push.py')!r}, run_name='__main__')\n"
+        "finally: print(sorted(n for n in ('torch', 'diffusers', 'transformers', 'numpy') if n in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "none"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stdout == "[]\n"

@@ -133,15 +133,18 @@ def _run_apart(part: str, arguments: argparse.Namespace, folder: Path, seconds: 
     log = folder / "log.txt"
     with log.open("w") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
+        late = False
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
+            late = True
+        finally:
             end_launch(process)
     if output.is_file():  # also where it was ended after it had measured
         return json.loads(output.read_text(encoding="utf-8"))
     said = log.read_text(encoding="utf-8", errors="replace").strip()
     print(said[-6000:], flush=True)
-    how = f"ended with {process.returncode}" if process.returncode >= 0 else f"not done after {seconds:.0f} s"
+    how = f"not done after {seconds:.0f} s" if late else f"ended with {process.returncode}"
     errors = [line for line in said.splitlines() if "Error" in line]
     return {"error": f"{how}: {(errors or said.splitlines() or ['nothing was said'])[0][-400:]}"}
 

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--activations", default="auto", help="memory.mode of all parts")
     add("--compile", choices=["on", "off"], default="on")
     add("--time_limit", type=float, default=170.0, help="seconds of a part")
-    add("--total_time_limit", type=float, default=570.0, help="seconds in all; what doesn't begin in time is left out")
+    add("--total_time_limit", type=float, default=540.0, help="seconds in all; what doesn't begin in time is left out")
     add("--device", choices=["auto", "cuda", "cpu"], default="auto")
     add("--json", type=Path, help="write everything that was measured to this file")
 

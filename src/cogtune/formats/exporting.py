@@ -24,6 +24,7 @@ from cogtune.formats.pipeline_folder import open_component
 from cogtune.formats.results import write_adapter_result, write_model_result
 from cogtune.formats.tensors import cast
 from cogtune.models import DTYPES, choose_device
+from cogtune.variants import DTYPE_NAMES
 
 
 def parse_export(description: str, argv: list[str] | None = None) -> argparse.Namespace:
@@ -55,7 +56,7 @@ def parse_export(description: str, argv: list[str] | None = None) -> argparse.Na
     command = add("cast", cast_weights, "a pipeline's transformer, or an adapter, in another precision")
     command.add_argument("source", help="pipeline folder, or adapter file or folder")
     add_output(command, "folder to write (adapter: or a .safetensors file)")
-    command.add_argument("--dtype", choices=list(DTYPES), required=True)
+    command.add_argument("--dtype", choices=DTYPE_NAMES, required=True)
     add_shards(command)
     return check_options(parser.parse_args(argv))
 
