@@ -5,7 +5,7 @@ import importlib.util
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, TypedDict, Unpack
+from typing import Literal, NamedTuple, TypedDict, Unpack
 
 import torch
 import torch.nn.attention as torch_attention
@@ -25,11 +25,22 @@ SDPA_BACKENDS: dict[Backend, list[SDPBackend]] = {
     "flash3": [SDPBackend.FLASH_ATTENTION],
     "flash4": [SDPBackend.FLASH_ATTENTION],
 }
-# Packages that take over PyTorch's flash backend once they are activated, by the name of what they register and the
-# modules that they need. FlashAttention-2 brings the first of version 4 along, but not the compiler that it needs.
-_PACKAGES: dict[Backend, tuple[str, tuple[str, ...]]] = {
-    "flash3": ("FA3", ("flash_attn_interface",)),
-    "flash4": (flash4.IMPLEMENTATION, ("cutlass", "flash_attn.cute")),
+
+
+class _Package(NamedTuple):
+    """What takes over PyTorch's flash backend once it is activated."""
+
+    implementation: str
+    """The name under which PyTorch knows it."""
+    modules: tuple[str, ...]
+    remedy: str
+    """What to do where a module is missing."""
+
+
+_PACKAGES: dict[Backend, _Package] = {
+    "flash3": _Package("FA3", ("flash_attn_interface",), "install flash_attn_interface"),
+    # FlashAttention-2 brings flash_attn.cute along, but not its compiler, cutlass.
+    "flash4": _Package(flash4.IMPLEMENTATION, ("cutlass", "flash_attn.cute"), "pip install 'cogtune[flash4]'"),
 }
 _SMALL_SCORES = 2**26
 """Bytes of float32 scores up to which a CPU computes attention in 16 bits by plain products. Its fused kernel takes
@@ -71,9 +82,8 @@ def is_installed(backend: Backend) -> bool:
     """Whether the modules behind a backend are there and this PyTorch can hand attention to them."""
     if backend not in _PACKAGES:
         return True
-    modules = _PACKAGES[backend][1]
     with contextlib.suppress(ModuleNotFoundError):  # a missing parent package
-        found = all(importlib.util.find_spec(module) for module in modules)
+        found = all(importlib.util.find_spec(module) for module in _PACKAGES[backend].modules)
         return found and hasattr(torch_attention, "activate_flash_attention_impl")
     return False
 
@@ -83,7 +93,7 @@ def activate(backend: Backend) -> None:
     if backend == "flash4":
         flash4.register()
     if backend in _PACKAGES:
-        torch_attention.activate_flash_attention_impl(_PACKAGES[backend][0])
+        torch_attention.activate_flash_attention_impl(_PACKAGES[backend].implementation)
     elif getattr(torch_attention, "current_flash_attention_impl", lambda: None)() is not None:
         torch_attention.restore_flash_attention_impl()
 
@@ -107,11 +117,10 @@ def check_backend(
     if device.type != "cuda":
         raise UserError(f"train.attention={wanted}: a kernel for GPUs, and this run is on a CPU; use auto or default")
     if not is_installed(wanted):
-        modules = " and ".join(_PACKAGES[wanted][1])
-        remedy = "pip install 'cogtune[flash4]'" if wanted == "flash4" else f"install {modules}"
+        package = _PACKAGES[wanted]
         raise UserError(
-            f"train.attention={wanted}: needs the modules {modules} and a PyTorch that hands them attention (this is "
-            f"{torch.__version__}); {remedy}, or use auto"
+            f"train.attention={wanted}: needs {' and '.join(package.modules)}, and a PyTorch that hands over attention "
+            f"(2.11 or later; this is {torch.__version__}): {package.remedy}, or use auto"
         )
     timings = measure_backends(
         batch_size=1,
@@ -217,4 +226,4 @@ def hint_at_package(device: torch.device) -> str:
     """What to install for a faster kernel on this device, in brackets; empty where nothing is known to be."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9 or is_installed("flash4"):
         return ""
-    return " (FlashAttention-4 is faster on this GPU: pip install 'cogtune[flash4]')"
+    return f" (FlashAttention-4 is faster on this GPU: {_PACKAGES['flash4'].remedy})"

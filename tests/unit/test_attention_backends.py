@@ -102,9 +102,9 @@ def test_a_cpu_refuses_kernels_for_gpus(wanted: Backend) -> None:
 
 def test_missing_packages_and_kernels_without_support_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not is_installed("flash3") and not is_installed("flash4") and is_installed("flash")
-    with pytest.raises(UserError, match=r"needs the modules flash_attn_interface and .*; install flash_attn_"):
+    with pytest.raises(UserError, match=r"needs flash_attn_interface, and .*: install flash_attn_"):
         check_backend("flash3", device=CUDA, **SHAPE)
-    with pytest.raises(UserError, match=r"cutlass and flash_attn\.cute .*pip install 'cogtune\[flash4\]'"):
+    with pytest.raises(UserError, match=r"cutlass and flash_attn\.cute, and .*: pip install 'cogtune\[flash4\]'"):
         check_backend("flash4", device=CUDA, **SHAPE)
     tried: list[Any] = []
 

@@ -26,7 +26,7 @@ from typing import Any, get_args
 import torch
 
 from cogtune.arrangement import Activations
-from cogtune.benchmark.launches import end_launch
+from cogtune.benchmark.launches import launched
 from cogtune.errors import UserError
 from cogtune.random_pipeline import ARCHITECTURES
 
@@ -131,15 +131,12 @@ def _run_apart(part: str, arguments: argparse.Namespace, folder: Path, seconds: 
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if count > 1 else []
     command = [sys.executable, *launch, *_WORKER, task]
     log = folder / "log.txt"
-    with log.open("w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
-        late = False
+    late = False
+    with launched(command, log) as process:
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
             late = True
-        finally:
-            end_launch(process)
     if output.is_file():  # also where it was ended after it had measured
         return json.loads(output.read_text(encoding="utf-8"))
     said = log.read_text(encoding="utf-8", errors="replace").strip()

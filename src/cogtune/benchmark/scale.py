@@ -10,7 +10,6 @@ run does; a part that runs out of memory is tried once more with the least. Samp
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 
-from cogtune.benchmark.launches import end_launch
+from cogtune.benchmark.launches import launched
 from cogtune.errors import UserError
 from cogtune.random_pipeline import ARCHITECTURES
 
@@ -106,17 +105,11 @@ def _run_apart(arguments: argparse.Namespace, part: str, activations: str, secon
             launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(arguments.gpus)]
             rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
             command[1:1] = [*launcher, *rendezvous]
-        # A session of its own: at the time limit every process of the part ends, not the launcher alone.
-        with log.open("w") as file:
-            process = subprocess.Popen(
-                command, env=os.environ | (environment or {}), stdout=file, stderr=file, start_new_session=True
-            )
-        try:
-            process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            return {"error": f"not done after {seconds:.0f} s: {_tail(log, 600)}"}
-        finally:
-            end_launch(process)
+        with launched(command, log, environment) as process:
+            try:
+                process.wait(seconds)
+            except subprocess.TimeoutExpired:  # what it says about its end is not asked for
+                return {"error": f"not done after {seconds:.0f} s: {_tail(log, 600)}"}
         if not output.is_file():
             return {"error": _tail(log, 3000) or f"ended with {process.returncode}"}
         return json.loads(output.read_text(encoding="utf-8"))

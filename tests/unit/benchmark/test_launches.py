@@ -53,7 +53,7 @@ def test_a_process_of_another_session_ends_with_its_launcher() -> None:
 
 
 def test_who_does_not_listen_is_killed_and_who_has_ended_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launches, "END_SECONDS", 0.5)
+    monkeypatch.setattr(launches, "_END_SECONDS", 0.5)
     process, _ = start(DEAF)
     started = time.monotonic()
     launches.end_launch(process)
