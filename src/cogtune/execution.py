@@ -84,7 +84,7 @@ def configure_blocks(
         torch._dynamo.config.optimize_ddp = False
 
     def make(way: Activations) -> Callable[..., Any]:
-        run_block = _make_runner(way, has_dropout=has_dropout, shared=shared, call=call)
+        run_block = _make_runner(way, compiled=compiled, has_dropout=has_dropout, shared=shared, call=call)
         # The checkpoint lies inside the compiled region: only there can attention outputs be kept apart.
         return torch.compile(run_block, dynamic=False, fullgraph=True, backend=compiler) if compiled else run_block
 
@@ -156,12 +156,13 @@ def _call(block: torch.nn.Module, *inputs: Any) -> Any:
 
 
 def _make_runner(
-    activations: Activations, *, has_dropout: bool, shared: bool, call: Callable[..., Any] = _call
+    activations: Activations, *, compiled: bool, has_dropout: bool, shared: bool, call: Callable[..., Any]
 ) -> Callable[..., Any]:
     if activations == "keep_all":
         return lambda block, *inputs: call(block, *inputs)
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": has_dropout}
-    if activations != "recompute" or shared:
+    # Compiled also where nothing is kept: without a policy, PyTorch 2.11 keeps what custom functions hold.
+    if compiled or shared or activations != "recompute":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_policy, _KEPT_OPS[activations]))
 
     def run_block(block: torch.nn.Module, *inputs: Any) -> Any:

@@ -11,7 +11,7 @@ from cogtune.arrangement import ACTIVATIONS_FAST_TO_SLOW, Activations
 from cogtune.attention import install_attention
 from cogtune.config import MemorySettings
 from cogtune.execution import configure_blocks
-from cogtune.frozen import quantize_base
+from cogtune.frozen import encode_base, quantize_base
 
 RUNGS: tuple[Activations, ...] = get_args(Activations)
 
@@ -113,3 +113,36 @@ def test_each_rung_computes_again_what_it_says() -> None:
     kept_all, kept_products, kept_attention, recomputed = products
     assert kept_all == kept_products < kept_attention == recomputed
     assert gelus[0] < gelus[1] == gelus[2] == gelus[3]
+
+
+@pytest.mark.parametrize("base", ["exact", "float8", "int8", "nf4"])
+def test_each_compiled_rung_keeps_what_it_says(base: Any) -> None:
+    """Of each block, in tensors of its input's size. PyTorch 2.11 once kept what custom functions hold everywhere."""
+
+    def count_kept(activations: Activations, layers: int) -> float:
+        torch._dynamo.reset()
+        transformer = make(layers=layers, float8=base == "float8")
+        if base in ("int8", "nf4"):
+            encode_base(transformer, base, torch.device("cpu"))
+        configure_blocks(transformer, activations, compiled=True, has_dropout=False, compiler="aot_eager")
+        held = {t.untyped_storage()._cdata for t in [*transformer.parameters(), *transformer.buffers()]}
+        kept: dict[int, torch.UntypedStorage] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in held:
+                kept[storage._cdata] = storage
+            return tensor
+
+        inputs = make_inputs(transformer)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            transformer(**inputs, return_dict=False)
+        samples, frames, _, height, width = inputs["hidden_states"].shape
+        tokens = inputs["encoder_hidden_states"].shape[1] + frames * (height // 2) * (width // 2)
+        unit = samples * tokens * transformer.proj_out.in_features * 4
+        return sum(storage.nbytes() for storage in kept.values()) / unit
+
+    kept = {rung: (count_kept(rung, 4) - count_kept(rung, 2)) / 2 for rung in RUNGS}
+    assert kept["recompute"] == pytest.approx(1.1, abs=0.1), kept
+    assert kept["keep_attention"] == pytest.approx(2.0, abs=0.1)
+    assert kept["keep_attention"] + 5 < kept["keep_products"] < 11 and kept["keep_products"] + 1 < kept["keep_all"]
