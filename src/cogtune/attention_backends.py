@@ -12,6 +12,7 @@ import torch.nn.attention as torch_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cogtune import flash4
+from cogtune.determinism import is_deterministic
 from cogtune.errors import UserError
 
 Backend = Literal["default", "math", "cudnn", "flash", "efficient", "flash3", "flash4"]
@@ -132,6 +133,11 @@ def check_backend(
         candidates=(wanted,),
     )
     if wanted not in timings:
+        if is_deterministic():
+            raise UserError(
+                f"train.attention={wanted}: sums in no fixed order on {torch.cuda.get_device_name(device)}, or does not "
+                "run there, and train.deterministic=true; use auto, or turn that off"
+            )
         raise UserError(
             f"train.attention={wanted}: does not run on {torch.cuda.get_device_name(device)} in "
             f"{str(dtype).removeprefix('torch.')} with heads of {head_dim}; use auto"
@@ -143,7 +149,7 @@ def measure_backends(
 ) -> dict[Backend, BackendTiming]:
     """Seconds by backend for those that take this layer on its device; on a CPU the default alone.
 
-    Not `backward`: the forward pass alone is tried, and compiled where that is needed; the other one counts as nothing.
+    Where the process is deterministic, only those whose gradients come out the same bit for bit. Not `backward`: the forward pass alone is tried, and compiled where that is needed; the other one counts as nothing.
     """
     device = layer["device"]
     if candidates is None:
@@ -186,16 +192,21 @@ def _measure(
     backend: Backend, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], grad: torch.Tensor, device: torch.device
 ) -> BackendTiming:
     best = (float("inf"), float("inf"))
+    first: tuple[torch.Tensor, ...] = ()
     backends = SDPA_BACKENDS[backend]
     with sdpa_kernel(backends) if backends else contextlib.nullcontext():
         for _ in range(1 + _REPEATS):
             marks = [_now(device)]
             y = torch.nn.functional.scaled_dot_product_attention(inputs[0], inputs[1], inputs[2])
             marks.append(_now(device))
-            if y.requires_grad:
-                torch.autograd.grad(y, inputs, grad)
+            gradients = torch.autograd.grad(y, inputs, grad) if y.requires_grad else ()
             marks.append(_now(device))
             best = min(best, (marks[1] - marks[0], marks[2] - marks[1]), key=sum)
+            if is_deterministic():
+                first = first or gradients
+                if not all(torch.equal(*pair) for pair in zip(gradients, first, strict=True)):
+                    raise RuntimeError(f"{backend} sums in no fixed order")
+            del gradients
     return BackendTiming(*best)
 
 

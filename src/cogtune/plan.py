@@ -12,6 +12,7 @@ from cogtune.adapter import count_adapter_parameters
 from cogtune.attention_backends import check_backend
 from cogtune.config import RunConfig
 from cogtune.data_plan import DataPlan, make_data_plan, refuse_missing_files
+from cogtune.determinism import follow_determinism
 from cogtune.errors import UserError
 from cogtune.float8 import check_float8_device
 from cogtune.frozen import count_float8_parameters
@@ -235,6 +236,7 @@ def _add_training(
 ) -> TrainingPlan:
     """`trained`: names of the model's weights, in full fine-tuning."""
     config, full = data.config, trained is not None
+    follow_determinism(config.train.deterministic)
     refuse_missing_files([*data.train_clips, *data.validation_clips], config)
     check_cuda_graph(data)
     strategy = read_strategy(os.environ)

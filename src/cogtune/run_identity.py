@@ -19,6 +19,7 @@ _FREE_SETTINGS = frozenset(
         "model.device",
         "train.compile",
         "train.attention",
+        "train.deterministic",
         "train.context_attention",
         "train.context_parallel",
         "train.ema_on_host",

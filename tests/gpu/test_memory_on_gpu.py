@@ -49,14 +49,14 @@ def make(
     for name, parameter in adapter_parameters(transformer).items():
         if "lora_B" in name:
             parameter.data.normal_(std=0.02, generator=torch.Generator().manual_seed(2))
+    if resident is None and not quantized:
+        transformer.to(DEVICE)
     install_attention(transformer, "default")
     if resident is not None:
         prepare = partial(encode_block, kind=quantized) if quantized else None
         stream_blocks(transformer, "transformer_blocks", DEVICE, num_resident=resident, prepare=prepare)
     elif quantized:
         encode_base(transformer, quantized, DEVICE)
-    else:
-        transformer.to(DEVICE)
     configure_blocks(
         transformer, activations, compiled=compiled, has_dropout=False,
         num_lean=lean, num_offloaded=offloaded, num_leaving=leaving,

@@ -15,7 +15,7 @@ def test_every_kind_of_tensor_arrives_as_it_was(monkeypatch: pytest.MonkeyPatch)
     torch.manual_seed(0)
     module = nn.Module()
     module.large = nn.Parameter(torch.randn(1000, 5001))
-    module.half = nn.Parameter(torch.randn(2001, 1003).bfloat16(), requires_grad=False)
+    module.narrow = nn.Parameter(torch.randn(2001, 1003).bfloat16(), requires_grad=False)
     module.turned = nn.Parameter(torch.randn(1500, 1200).T)
     module.small = nn.Parameter(torch.randn(3))
     module.tied = module.large
