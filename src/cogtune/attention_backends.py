@@ -135,8 +135,8 @@ def check_backend(
     if wanted not in timings:
         if is_deterministic():
             raise UserError(
-                f"train.attention={wanted}: sums in no fixed order on {torch.cuda.get_device_name(device)}, or does not "
-                "run there, and train.deterministic=true; use auto, or turn that off"
+                f"train.attention={wanted}: does not run on {torch.cuda.get_device_name(device)}, or sums in no fixed "
+                "order there, and train.deterministic=true; use auto, or turn that off"
             )
         raise UserError(
             f"train.attention={wanted}: does not run on {torch.cuda.get_device_name(device)} in "
@@ -149,7 +149,8 @@ def measure_backends(
 ) -> dict[Backend, BackendTiming]:
     """Seconds by backend for those that take this layer on its device; on a CPU the default alone.
 
-    Where the process is deterministic, only those whose gradients come out the same bit for bit. Not `backward`: the forward pass alone is tried, and compiled where that is needed; the other one counts as nothing.
+    Where the process is deterministic, only those whose gradients come out the same, bit for bit. Not `backward`: the
+    forward pass alone is tried, and compiled where that is needed; the other one counts as nothing.
     """
     device = layer["device"]
     if candidates is None:
@@ -203,8 +204,9 @@ def _measure(
             marks.append(_now(device))
             best = min(best, (marks[1] - marks[0], marks[2] - marks[1]), key=sum)
             if is_deterministic():
-                first = first or gradients
-                if not all(torch.equal(*pair) for pair in zip(gradients, first, strict=True)):
+                found = tuple(gradient.cpu() for gradient in gradients)
+                first = first or found
+                if not all(torch.equal(*pair) for pair in zip(found, first, strict=True)):
                     raise RuntimeError(f"{backend} sums in no fixed order")
             del gradients
     return BackendTiming(*best)

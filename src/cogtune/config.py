@@ -165,8 +165,8 @@ class TrainSettings(Section):
     """Multiply by the blocks' frozen weights in float8, one scale a row, forward and for input gradients: faster, not
     exact. The adapter's own products stay exact. LoRA only; needs a GPU of compute capability 8.9 (Ada, Hopper)."""
     deterministic: bool = False
-    """Only kernels that sum in one order: a run that is stopped and goes on equals the straight one bit for bit on a GPU
-    too. Slower (docs/checkpoints.md). On a CPU it is so anyway."""
+    """Take only kernels that sum in one order: a run that is stopped and goes on equals the straight one bit for bit on
+    a GPU too, as it does on a CPU anyway. Attention takes 2.6 times as long (docs/checkpoints.md)."""
     timeout_minutes: Annotated[float, Field(gt=0)] | None = 30.0
     """With several processes: where none of them gets on for this long (a step, a clip, a sampling step, a file), the
     job ends with a message that says where each was; null: never. A lost process ends it within seconds anyway."""

@@ -15,7 +15,8 @@ def follow_determinism(wanted: bool) -> None:
     """Turns it on or off for this process; call it before the device computes anything."""
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", _WORKSPACE)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # it is written before it is read
+        # Whatever is made empty is written before it is read. (The module takes it by a class of its own.)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     if wanted or torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(wanted)
         _choose_kernels_without_timing(wanted)

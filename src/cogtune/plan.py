@@ -33,6 +33,7 @@ from cogtune.shards.plan import count_saved_bytes, decide_asynchronous
 from cogtune.streaming.host import free_host_bytes
 from cogtune.trained_weights import choose_trained, count_frozen_in_blocks
 from cogtune.training_rungs import list_training_rungs
+from cogtune.ways import Ways, read_ways
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class TrainingPlan(DataPlan):
     """Which of them: all, or those of `train.trained_weights`."""
     saves_beside_training: bool
     """Checkpoints are written from a copy in host memory."""
+    ways: Ways | None
+    """What a deterministic run that goes on came to before."""
     saved_bytes: int
     """Of a checkpoint of full fine-tuning, in each process's files."""
 
@@ -133,6 +136,11 @@ class TrainingPlan(DataPlan):
                 "beside training, from a copy in host memory" if self.saves_beside_training else "while training waits"
             )
             rows["checkpoints"] = f"{self.saved_bytes / 1e9:.2f} GB by each process, written {how}"
+        if config.train.deterministic:
+            rows["repeats"] = "bit for bit: only kernels that sum in one order"
+            if self.ways is not None and not self.ways.match(self.memory):
+                before = self.ways.memory["activations"]
+                rows["repeats"] = f"up to rounding from here on: {before}, with which the run began, doesn't fit now"
         if self.num_float8:
             rows["float8"] = f"products with {self.num_float8:,} of the frozen parameters"
         elif self.memory.quantized:
@@ -271,7 +279,8 @@ def _add_training(
         full=full,
         frozen_in_block=frozen_in_block,
     )
-    memory = choose_rung(rungs, config.memory, free, free_host)
+    ways = read_ways(config, data.device)
+    memory = choose_rung(rungs if ways is None else ways.prefer(rungs), config.memory, free, free_host)
     check_prior_penalty(config, strategy, memory, data.train_clips, full=full)
     compiled = {"on": True, "off": False, "auto": data.device.type == "cuda"}[config.train.compile]
     has_ema = config.train.ema_decay is not None
@@ -300,5 +309,6 @@ def _add_training(
         full=full,
         trained_names=trained or [],
         saves_beside_training=beside,
+        ways=ways,
         saved_bytes=saved_bytes,
     )

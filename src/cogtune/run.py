@@ -13,11 +13,11 @@ from typing import Any, Literal
 import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from torch.utils.data import DataLoader
 
 from cogtune.attention import install_attention
-from cogtune.attention_backends import Backend, hint_at_package, pick_backend
+from cogtune.attention_backends import Backend, activate, hint_at_package, pick_backend
 from cogtune.checkpoint import Checkpoint, CheckpointFolder, find_differences, read_checkpoint
 from cogtune.cluster.accelerator import WatchedAccelerator
 from cogtune.cluster.sharing import check_shared_folder
@@ -52,6 +52,7 @@ from cogtune.tracking import MetricsLog
 from cogtune.trainer import Trained, Trainer
 from cogtune.validation_notes import ValidationNotes
 from cogtune.validator import Validator
+from cogtune.ways import write_ways
 
 
 def start_accelerator(plan: DataPlan) -> Accelerator:
@@ -281,8 +282,11 @@ class Run:
         heads, tokens = plan.facts.num_heads, plan.tokens
         if shared is not None:
             heads, tokens = shared.attention_shape(heads, tokens)
+        wanted = config.train.attention
+        if plan.ways is not None and wanted == "auto" and device.type == "cuda":
+            wanted = plan.ways.attention
         backend, timings = pick_backend(
-            config.train.attention,
+            wanted,
             batch_size=config.train.batch_size,
             num_heads=heads,
             tokens=tokens,
@@ -290,6 +294,10 @@ class Run:
             dtype=plan.dtype,
             device=device,
         )
+        if config.train.deterministic and self.accelerator.num_processes > 1:  # each has measured for itself
+            told: list[Any] = broadcast_object_list([backend])
+            backend = told[0]
+            activate(backend)
         team = None if shared is None else shared.attention
         install_attention(transformer, backend, team, fuse=not plan.strategy.shards_weights)
         measured = ", ".join(f"{name} {1e3 * timing.total:.1f} ms" for name, timing in timings.items())
@@ -300,14 +308,17 @@ class Run:
         return backend
 
     def _note_ways(self, backend: Backend) -> None:
-        """Says in config.yaml what `auto` came to, and what is not exact."""
+        """Says in config.yaml what `auto` came to, and what is not exact; keeps it for a run that has to repeat it."""
         plan = self.plan
         if self.accelerator.is_main_process:
             how = "each block compiled" if plan.compiled else "not compiled"
             base = ", frozen base in float8" if plan.num_float8 else ""
-            line = f"# Ran with: attention {backend}, activations {plan.memory.name()}, {how}{base}\n"
+            order = ", deterministic" if self.config.train.deterministic else ""
+            line = f"# Ran with: attention {backend}, activations {plan.memory.name()}, {how}{base}{order}\n"
             path = self.folder / "config.yaml"
             path.write_text(line + path.read_text(encoding="utf-8"), encoding="utf-8")
+            if self.config.train.deterministic:
+                write_ways(self.folder, plan.device, backend, plan.memory)
 
     def finish(self, trained: Trained) -> None:
         """Writes `final/` and the report on the main process."""

@@ -10,7 +10,7 @@ from cogtune import models
 from cogtune.config import RunConfig
 from cogtune.errors import UserError
 from cogtune.ladder import list_rungs, sort_rungs
-from cogtune.machine import Machine
+from cogtune.machine import Machine, sum_in_order
 from cogtune.memory import (
     EIGHT_BIT_STATE_BYTES,
     EMA_BYTES,
@@ -19,6 +19,7 @@ from cogtune.memory import (
     element_bytes,
     predict,
     units_kept,
+    units_of_partial_sums,
 )
 from cogtune.models import ModelFacts
 from cogtune.optimizer_ways import list_optimizer_ways
@@ -64,6 +65,11 @@ def list_training_rungs(
         settings = settings.model_copy(update={"offloaded_blocks": 0})
     num_block = sum(p.numel() for p in block.parameters())
     sharing = config.train.context_parallel
+    num_more_at_once = 0.0
+    if config.train.deterministic and free_bytes is not None:
+        machine = sum_in_order(machine)
+        heads = batch_size * -(-facts.num_heads // sharing)
+        num_more_at_once = units_of_partial_sums(heads, machine.multiprocessors)
     times = BlockTimes.of(facts, tokens, batch_size, machine, num_ranks=sharing)
     num_more_kept = kept_by_exchange(config, facts.num_heads)
     tokens = -(-tokens // sharing)  # of one rank
@@ -100,6 +106,7 @@ def list_training_rungs(
         full=full,
         strategy=strategy,
         num_more_kept=num_more_kept,
+        num_more_at_once=num_more_at_once,
     )
     shape = {"num_layers": facts.num_layers, "free_bytes": free_bytes}
     return sort_rungs(

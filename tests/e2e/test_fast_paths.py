@@ -1,5 +1,6 @@
 """Whole runs by the ways that are not the plain one: float8 (emulated on a CPU), attention kernels, their guards."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,40 @@ def test_nothing_is_loaded_before_a_kernel_is_refused(
         outcome = run_command(script, *options("run", train__attention="cudnn"))
         assert outcome.code == 2 and "train.attention=cudnn: refused" in outcome.err
     assert not (tmp_path / "run").exists()
+
+
+def test_each_run_follows_its_own_setting_of_determinism(
+    options: Callable[..., list[str]], run_command: Any, tmp_path: Path
+) -> None:
+    """On a CPU it changes nothing but the kernels that PyTorch would refuse, of which a run has none."""
+    rows = []
+    for wanted in ("true", "false"):
+        outcome = run_command(LORA, *options(wanted, train__deterministic=wanted, train__compile="on"))
+        assert outcome.code == 0, outcome.err
+        assert torch.are_deterministic_algorithms_enabled() == (wanted == "true")
+        rows.append(read_losses(tmp_path / wanted))
+        first_line = (tmp_path / wanted / "config.yaml").read_text().splitlines()[0]
+        assert first_line.endswith(", deterministic") == (wanted == "true")
+    assert rows[0] == rows[1] and rows[0]
+
+
+def test_a_deterministic_run_goes_on_with_what_it_began_with(
+    options: Callable[..., list[str]], run_command: Any, tmp_path: Path
+) -> None:
+    begin = options("run", train__deterministic="true", schedule__name="constant")
+    outcome = run_command(LORA, *begin)
+    assert outcome.code == 0 and "repeats     bit for bit" in outcome.out
+    path = tmp_path / "run" / "ways.json"
+    ways = json.loads(path.read_text())
+    assert ways["attention"] == "default" and ways["memory"]["activations"] in outcome.out
+    other = "recompute" if ways["memory"]["activations"] != "recompute" else "keep_all"
+    path.write_text(json.dumps(ways | {"memory": ways["memory"] | {"activations": other}}))
+    further = run_command(LORA, *begin, "--train.max_steps=8")
+    assert further.code == 0, further.err
+    assert f"memory      {other}" in further.out and "repeats     bit for bit" in further.out
+    assert json.loads(path.read_text())["memory"]["activations"] == other
+    path.write_text(json.dumps(ways | {"memory": ways["memory"] | {"num_lean": 77}}))
+    assert "doesn't fit now" in run_command(LORA, *begin, "--train.max_steps=8", "--dry-run").out
 
 
 def test_a_layer_that_no_gradient_reaches_ends_the_run(

@@ -121,12 +121,16 @@ def test_peaks_are_near_the_prediction(
     peak = measure_peak(transformer, step)
     frozen = sum(p.numel() for p in transformer.parameters() if not p.requires_grad)
     block = sum(p.numel() for p in transformer.transformer_blocks[0].parameters() if not p.requires_grad)
-    plan = predict(
-        facts, activations, num_parameters=frozen, num_trainable=sum(p.numel() for p in parameters.values()),
-        tokens=facts.num_tokens(*SIZE), batch_size=1, dtype=torch.bfloat16, num_block_parameters=block,
-        num_resident=resident, num_offloaded=offloaded, num_lean=lean, num_leaving=leaving,
+    least, most = (
+        predict(
+            facts, activations, num_parameters=frozen, num_trainable=sum(p.numel() for p in parameters.values()),
+            tokens=facts.num_tokens(*SIZE), batch_size=1, dtype=torch.bfloat16, num_block_parameters=block,
+            num_resident=resident, num_offloaded=offloaded, num_lean=lean, num_leaving=count,
+        )
+        for count in (1, leaving)
     )  # fmt: skip
-    assert plan.total / GIB == pytest.approx(peak / GIB, rel=0.07), plan.describe()
+    # Whether a second block is still on its way at the peak, the link decides; here it is a ninth of everything.
+    assert 0.93 * peak < most.total and least.total < 1.07 * peak, (peak / GIB, most.describe())
 
 
 def test_a_capped_process_trains_and_generates() -> None:
