@@ -1,4 +1,4 @@
-"""`train.deterministic`: what is turned on and off again, which attention kernels are left, what a plan counts for it."""
+"""`train.deterministic`: what is turned on and off, which attention kernels are left, what a plan counts for it."""
 
 import os
 from collections.abc import Iterator
@@ -90,8 +90,8 @@ def test_a_kernel_that_was_asked_for_is_refused_with_the_remedy(monkeypatch: pyt
 def rungs(*, free: int | None = 130 * GIB, **train: Any) -> dict[str, MemoryPlan]:
     """What a LoRA of 5B may keep with everything on the device, by way."""
     found = list_training_rungs(
-        FACTS, RunConfig.model_validate({"train": train}), dtype=torch.bfloat16, machine=NOMINAL, tokens=17776, free_bytes=free,
-        num_parameters=5_570_000_000, num_trainable=66_000_000,
+        FACTS, RunConfig.model_validate({"train": train}), dtype=torch.bfloat16, machine=NOMINAL, tokens=17776,
+        free_bytes=free, num_parameters=5_570_000_000, num_trainable=66_000_000,
     )  # fmt: skip
     return {
         rung.activations: rung
