@@ -22,7 +22,7 @@ from cogtune.benchmark.clock import Marks, peak_memory, reset_peak, synchronize
 from cogtune.benchmark.training import TrainingBench
 from cogtune.config import MemorySettings
 from cogtune.eight_bit_adamw import EightBitAdamW, EightBitGuard, make_state
-from cogtune.encoding import embed_tokens
+from cogtune.encoding import TEXT_BATCH, choose_coder, embed_tokens, encode_frames
 from cogtune.execution import configure_blocks
 from cogtune.frozen import encode_base, encode_block
 from cogtune.full import TrainedModel
@@ -48,6 +48,9 @@ from cogtune.streaming.trained import find_trained_stream, stream_trained_blocks
 from cogtune.trainer import Trainer
 from cogtune.training_rungs import list_training_rungs
 
+_NUM_CLIPS = 40
+"""Of the data set whose clips are encoded: it decides how."""
+
 
 class CappedRun:
     """A device with a cap, a model's size and what is to be measured."""
@@ -70,7 +73,8 @@ class CappedRun:
     def measure(self) -> dict[str, Any]:
         """The job's numbers."""
         started = time.perf_counter()
-        result = {"lora": self._train, "sft": self._train, "generate": self._generate}[self.task.job]()
+        jobs = {"prepare": self._prepare, "lora": self._train, "sft": self._train, "generate": self._generate}
+        result = jobs[self.task.job]()
         return result | {"process_seconds": time.perf_counter() - started}
 
     def _make_transformer(self, dtype: torch.dtype) -> Any:
@@ -187,6 +191,32 @@ class CappedRun:
         backend, _timings = self.bench.pick_backend(self.facts.num_heads, self.bench.tokens)
         install_attention(transformer, backend)
 
+    def _prepare(self) -> dict[str, Any]:
+        """A batch of captions through the text encoder, then clips through the autoencoder, one by one."""
+        result: dict[str, Any] = {"text": self._encode_texts(TEXT_BATCH)}
+        self._clear()
+        num_frames, height, width = self.bench.size
+        vae = make_random_vae(self.task.model, self.device, self.dtype)
+        coder = choose_coder(vae, _NUM_CLIPS, height * width) if self.device.type == "cuda" else None
+        way = "stock" if coder is None else "frame by frame" if coder.in_slabs else "in whole groups"
+        frames = torch.randint(256, (1, num_frames, height, width, 3), dtype=torch.uint8)
+        self._clear()
+        reset_peak(self.device)
+        seconds = []
+        for _ in range(self.task.warmup + self.task.steps):
+            started = time.perf_counter()
+            encode_frames(vae, frames, coder)
+            synchronize(self.device)
+            seconds.append(time.perf_counter() - started)
+        timed = seconds[self.task.warmup :]
+        return result | {
+            "way": f"clips encoded {way}; T5 {result['text']['way']}",
+            "seconds": statistics.median(timed),
+            "spread": [min(timed), max(timed)],
+            "host_gib": 0.0,
+            **peak_memory(self.device),
+        }
+
     def _generate(self) -> dict[str, Any]:
         """A video's parts: the text encoder, sampling steps, the decoder; the video's time is put together."""
         result: dict[str, Any] = {"text": self._encode_texts()}
@@ -249,8 +279,8 @@ class CappedRun:
         latents = generate_latents(pipeline, request, *texts, on_step=lambda _step: marks.add())
         return marks.differences()[max(0, self.task.warmup - 1) :], latents
 
-    def _encode_texts(self) -> dict[str, Any]:
-        """Prompt and no prompt through a T5 encoder, of T5-XXL's size for the released models."""
+    def _encode_texts(self, batch_size: int = 1) -> dict[str, Any]:
+        """Two batches (prompt and no prompt) through a T5 encoder, of T5-XXL's size for the released models."""
         from transformers import T5EncoderModel
 
         size = "small" if self.task.model.startswith("tiny") else "full"
@@ -260,7 +290,7 @@ class CappedRun:
         self._clear()
         place_text_encoder(encoder, self.device)
         reset_peak(self.device)
-        ids = torch.zeros(1, self.facts.max_text_length, dtype=torch.int64, device=self.device)
+        ids = torch.zeros(batch_size, self.facts.max_text_length, dtype=torch.int64, device=self.device)
         started = time.perf_counter()
         for _ in range(2):
             embed_tokens(ids, encoder)

@@ -1,5 +1,6 @@
-"""Runs training steps and sampling of random weights under caps of device memory, each in a process of its own.
+"""Runs encoding, training steps and sampling of random weights under caps of device memory, each in its own process.
 
+    python scripts/bench.py memory --job prepare --caps 24,12,8,6,5 --json memory_prepare.json
     python scripts/bench.py memory --job lora --caps 24,16,12,8,6 --json memory_lora.json
     python scripts/bench.py memory --job generate --caps 24,16,12,8,6,5 --json memory_generate.json
     python scripts/bench.py memory --job sft --caps 40,24,16 --json memory_sft.json
@@ -26,7 +27,7 @@ from cogtune.benchmark.clock import attempt
 from cogtune.errors import UserError
 from cogtune.random_pipeline import ARCHITECTURES
 
-JOBS = ("lora", "generate", "sft")
+JOBS = ("prepare", "lora", "generate", "sft")
 UNCAPPED = 0.0
 
 
@@ -115,7 +116,8 @@ def describe(results: dict[str, Any]) -> str:
             peak = row.get("peak_allocated_gib")
             sizes = "no GPU"
             if peak is not None:
-                off = 100 * (row["predicted_gib"] / peak - 1)
-                sizes = f"{peak:.2f} / {row['peak_reserved_gib']:.2f} / {row['predicted_gib']:.2f} ({off:+.1f} %)"
+                sizes = f"{peak:.2f} / {row['peak_reserved_gib']:.2f}"
+                if "predicted_gib" in row:
+                    sizes += f" / {row['predicted_gib']:.2f} ({100 * (row['predicted_gib'] / peak - 1):+.1f} %)"
             lines.append(f"  {name:>7}  {row['seconds']:.3f} {relative}  {sizes}  {row['host_gib']:.1f}  {row['way']}")
     return "\n".join(lines)

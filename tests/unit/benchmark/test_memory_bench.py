@@ -32,6 +32,14 @@ def test_both_jobs_are_measured_and_settings_reach_them(tmp_path: Path) -> None:
     assert "1.000x" in memory.describe(results)
 
 
+def test_preparing_is_measured_too() -> None:
+    """Captions as many at once as a run takes, and clips."""
+    task = vars(parse("--steps", "2", "--warmup", "1")) | {"job": "prepare", "cap": 0.0}
+    found = CappedRun(task).measure()
+    assert found["way"] == "clips encoded stock; T5 all resident"
+    assert 0 < found["spread"][0] <= found["seconds"] <= found["spread"][1] and found["text"]["seconds"] > 0
+
+
 @pytest.mark.parametrize(
     ("settings", "way"),
     [
