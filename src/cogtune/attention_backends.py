@@ -175,13 +175,18 @@ def measure_backends(
 
 
 def pick_backend(
-    wanted: Literal["auto"] | Backend, **layer: Unpack[Layer]
+    wanted: Literal["auto"] | Backend, *, before: Backend | None = None, **layer: Unpack[Layer]
 ) -> tuple[Backend, dict[Backend, BackendTiming]]:
     """Takes a kernel for the layer, makes it active for the process, and says what was measured for that: on a GPU,
-    unless PyTorch's own choice is wanted. A CPU takes PyTorch's, but for small layers in 16 bits."""
+    unless PyTorch's own choice is wanted. A CPU takes PyTorch's, but for small layers in 16 bits.
+
+    `before` is what `auto` came to once; it is taken again on a GPU where it still runs.
+    """
     on_gpu = layer["device"].type == "cuda"
     timings = measure_backends(**layer) if on_gpu and wanted != "default" else {}
     backend = choose_backend(wanted, timings)
+    if wanted == "auto" and before is not None and before in timings:
+        backend = before
     if wanted == "auto" and not on_gpu and layer["dtype"] != torch.float32:
         scores = 4 * layer["batch_size"] * layer["num_heads"] * layer["tokens"] ** 2
         backend = "math" if scores <= _SMALL_SCORES else backend

@@ -282,11 +282,10 @@ class Run:
         heads, tokens = plan.facts.num_heads, plan.tokens
         if shared is not None:
             heads, tokens = shared.attention_shape(heads, tokens)
-        wanted = config.train.attention
-        if plan.ways is not None and wanted == "auto" and device.type == "cuda":
-            wanted = plan.ways.attention
+        before = None if plan.ways is None else plan.ways.attention
         backend, timings = pick_backend(
-            wanted,
+            config.train.attention,
+            before=before,
             batch_size=config.train.batch_size,
             num_heads=heads,
             tokens=tokens,
@@ -302,7 +301,11 @@ class Run:
         install_attention(transformer, backend, team, fuse=not plan.strategy.shards_weights)
         measured = ", ".join(f"{name} {1e3 * timing.total:.1f} ms" for name, timing in timings.items())
         measured = f" (a layer's step: {measured})" if measured else ""
-        hint = hint_at_package(device) if config.train.attention == "auto" else ""
+        hint = ""
+        if before is not None and before != backend:
+            hint = f" (the run began with {before}: equal up to rounding from here on)"
+        elif config.train.attention == "auto" and not config.train.deterministic:
+            hint = hint_at_package(device)
         self.accelerator.print(f"attention   {backend}{measured}{hint}")
         enter("preparing to train")
         return backend

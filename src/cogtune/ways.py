@@ -58,9 +58,11 @@ def read_ways(config: RunConfig, device: torch.device) -> Ways | None:
 
 
 def write_ways(folder: Path, device: torch.device, attention: Backend, rung: MemoryPlan) -> None:
-    """For the next time, by the main process."""
+    """For the next time, by the main process; atomically, since runs are killed at any moment."""
     ways = Ways(_name(device), attention, _rounding_of(rung))
-    (folder / FILE_NAME).write_text(json.dumps(asdict(ways), indent=1) + "\n", encoding="utf-8")
+    temporary = folder / f".partial-{FILE_NAME}"
+    temporary.write_text(json.dumps(asdict(ways), indent=1) + "\n", encoding="utf-8")
+    temporary.replace(folder / FILE_NAME)
 
 
 def _rounding_of(rung: MemoryPlan) -> _Rounding:

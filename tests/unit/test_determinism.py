@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._inductor import config as inductor
 
-from cogtune.attention_backends import check_backend, measure_backends, pick_backend
+from cogtune.attention_backends import Backend, BackendTiming, check_backend, measure_backends, pick_backend
 from cogtune.config import RunConfig
 from cogtune.determinism import follow_determinism, is_deterministic
 from cogtune.errors import UserError
@@ -85,6 +85,17 @@ def test_a_kernel_that_was_asked_for_is_refused_with_the_remedy(monkeypatch: pyt
     with pytest.raises(UserError, match=message):
         check_backend("cudnn", device=torch.device("cuda"), **SHAPE)
     assert pick_backend("auto", batch_size=1, tokens=24, device=CPU, **SHAPE) == ("default", {})
+
+
+def test_the_kernel_that_a_run_began_with_is_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    timings: dict[Backend, BackendTiming] = {"flash": BackendTiming(1.0, 1.0), "efficient": BackendTiming(9.0, 9.0)}
+    monkeypatch.setattr("cogtune.attention_backends.measure_backends", lambda **_: timings)
+    layer: dict[str, Any] = {"batch_size": 1, "tokens": 24, "device": torch.device("cuda"), **SHAPE}
+    assert pick_backend("auto", **layer)[0] == "flash"
+    assert pick_backend("auto", before="efficient", **layer)[0] == "efficient"
+    assert pick_backend("auto", before="cudnn", **layer)[0] == "flash", "it doesn't run here any more"
+    assert pick_backend("flash", before="efficient", **layer)[0] == "flash", "what the user asks for"
+    assert pick_backend("auto", before="flash", **(layer | {"device": CPU}))[0] == "default"
 
 
 def rungs(*, free: int | None = 130 * GIB, **train: Any) -> dict[str, MemoryPlan]:
