@@ -25,6 +25,7 @@ from cogtune.config import AdapterSettings
 from cogtune.errors import UserError, nearest
 from cogtune.formats.file_names import WEIGHTS_NAME
 from cogtune.formats.tensors import Tensors, hold
+from cogtune.formats.writing import order_metadata
 from cogtune.frozen import apply_updated, is_frozen
 
 ADAPTER_NAME = "default"
@@ -240,6 +241,7 @@ def save_adapter(
     CogVideoXPipeline.save_lora_weights(
         folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata
     )
+    order_metadata(folder / WEIGHTS_NAME)
 
 
 def _read_same_adapter(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:

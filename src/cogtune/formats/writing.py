@@ -97,6 +97,19 @@ def write_safetensors(
     return file
 
 
+def order_metadata(file: Path) -> None:
+    """Puts what a safetensors file says of itself in order, in place: its library writes it in any, so that equal
+    contents had unequal bytes."""
+    with file.open("r+b") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(length))
+        said = dict(sorted(header.pop("__metadata__", {}).items()))
+        text = json.dumps({"__metadata__": said, **header}, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # as long as it was, but for how a rare character is written
+            stream.seek(8)
+            stream.write(text.ljust(length))
+
+
 def write_torch_file(tensors: Tensors, file: Path, *, under: str) -> None:
     """A torch file `{under: {name: tensor}}`: laid out without data first, then filled in tensor by tensor."""
     # Memory that nobody touches isn't there: `empty` only reserves addresses.
