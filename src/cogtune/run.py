@@ -13,11 +13,10 @@ from typing import Any, Literal
 import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 
-from cogtune.attention import install_attention
-from cogtune.attention_backends import Backend, activate, hint_at_package, pick_backend
+from cogtune.attention_backends import Backend
 from cogtune.checkpoint import Checkpoint, CheckpointFolder, find_differences, read_checkpoint
 from cogtune.cluster.accelerator import WatchedAccelerator
 from cogtune.cluster.sharing import check_shared_folder
@@ -33,11 +32,12 @@ from cogtune.errors import UserError
 from cogtune.execution import allow_shapes, configure_blocks
 from cogtune.head_start import keep_kernels
 from cogtune.image_encoder import load_image_encoder
+from cogtune.kernel_choice import choose_attention
 from cogtune.machine import avoid_fragments
 from cogtune.memory import explain_out_of_memory
 from cogtune.parallel.assembly import divide_transformer, make_engine, place_transformer
 from cogtune.parallel.engine import Engine
-from cogtune.parallel.shared_samples import SharedSample, share_samples, teams_of
+from cogtune.parallel.shared_samples import share_samples, teams_of
 from cogtune.parallel.strategy import settings_of_our_own
 from cogtune.plan import TrainingPlan
 from cogtune.preparation import EncodedData
@@ -165,7 +165,8 @@ class Run:
         if config.train.prior_penalty is not None and first_step < config.train.max_steps:
             penalty = self._measure_penalty(trained, denoiser, config.train.prior_penalty)
         shared = share_samples(config, plan.facts.num_heads, self.teams)
-        backend = self._choose_attention(transformer, shared)
+        backend = choose_attention(plan, accelerator, transformer, shared)
+        enter("preparing to train")
         mesh = divide_transformer(plan, trained, accelerator.device)
         self._note_ways(backend)
         configure_blocks(
@@ -274,41 +275,6 @@ class Run:
         if self.config.train.cuda_graph or self.plan.strategy.shards_weights:
             return "always"  # with divided weights, whenever any process asks
         return "samples" if self.accelerator.device.type == "cpu" else "batch"
-
-    def _choose_attention(self, transformer: Any, shared: SharedSample | None) -> Backend:
-        """Measures the attention kernels for this run's shape and takes one."""
-        enter("measuring attention kernels")
-        plan, config, device = self.plan, self.config, self.accelerator.device
-        heads, tokens = plan.facts.num_heads, plan.tokens
-        if shared is not None:
-            heads, tokens = shared.attention_shape(heads, tokens)
-        before = None if plan.ways is None else plan.ways.attention
-        backend, timings = pick_backend(
-            config.train.attention,
-            before=before,
-            batch_size=config.train.batch_size,
-            num_heads=heads,
-            tokens=tokens,
-            head_dim=plan.facts.head_dim,
-            dtype=plan.dtype,
-            device=device,
-        )
-        if config.train.deterministic and self.accelerator.num_processes > 1:  # each has measured for itself
-            told: list[Any] = broadcast_object_list([backend])
-            backend = told[0]
-            activate(backend)
-        team = None if shared is None else shared.attention
-        install_attention(transformer, backend, team, fuse=not plan.strategy.shards_weights)
-        measured = ", ".join(f"{name} {1e3 * timing.total:.1f} ms" for name, timing in timings.items())
-        measured = f" (a layer's step: {measured})" if measured else ""
-        hint = ""
-        if before is not None and before != backend:
-            hint = f" (the run began with {before}: equal up to rounding from here on)"
-        elif config.train.attention == "auto" and not config.train.deterministic:
-            hint = hint_at_package(device)
-        self.accelerator.print(f"attention   {backend}{measured}{hint}")
-        enter("preparing to train")
-        return backend
 
     def _note_ways(self, backend: Backend) -> None:
         """Says in config.yaml what `auto` came to, and what is not exact; keeps it for a run that has to repeat it."""
