@@ -24,8 +24,8 @@ def _find_mapping(address: int) -> str | None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems copy all memory")
 def test_forked_processes_do_not_get_page_locked_memory() -> None:
-    """Asked by `msync`, which refuses where nothing is mapped: to read /proc takes memory, which in the child can come to
-    lie right where the pages are missing."""
+    """Asked by `msync`, which refuses where nothing is mapped: to read /proc takes memory, which in the child may come
+    to lie right where the pages are missing."""
     pages, ordinary = take_unforked(1 << 20), torch.ones(1 << 20, dtype=torch.uint8)
     pages.fill_(7)
     msync, asynchronous = ctypes.CDLL(None).msync, 1
