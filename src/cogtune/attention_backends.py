@@ -12,7 +12,6 @@ import torch.nn.attention as torch_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cogtune import flash4
-from cogtune.determinism import is_deterministic
 from cogtune.errors import UserError
 
 Backend = Literal["default", "math", "cudnn", "flash", "efficient", "flash3", "flash4"]
@@ -133,7 +132,7 @@ def check_backend(
         candidates=(wanted,),
     )
     if wanted not in timings:
-        if is_deterministic():
+        if torch.are_deterministic_algorithms_enabled():
             raise UserError(
                 f"train.attention={wanted}: does not run on {torch.cuda.get_device_name(device)}, or sums in no fixed "
                 "order there, and train.deterministic=true; use auto, or turn that off"
@@ -208,7 +207,7 @@ def _measure(
             gradients = torch.autograd.grad(y, inputs, grad) if y.requires_grad else ()
             marks.append(_now(device))
             best = min(best, (marks[1] - marks[0], marks[2] - marks[1]), key=sum)
-            if is_deterministic():
+            if torch.are_deterministic_algorithms_enabled():
                 found = tuple(gradient.cpu() for gradient in gradients)
                 first = first or found
                 if not all(torch.equal(*pair) for pair in zip(found, first, strict=True)):

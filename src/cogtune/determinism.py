@@ -22,11 +22,6 @@ def follow_determinism(wanted: bool) -> None:
         _choose_kernels_without_timing(wanted)
 
 
-def is_deterministic() -> bool:
-    """Whether PyTorch is asked to refuse what has no order."""
-    return torch.are_deterministic_algorithms_enabled()
-
-
 def _choose_kernels_without_timing(wanted: bool) -> None:
     """The compiler times several forms of a reduction otherwise, which add up in orders of their own (torch 2.9)."""
     from torch._inductor import config  # takes its time; only needed here

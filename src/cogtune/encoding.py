@@ -198,7 +198,7 @@ def encode_clips(
     if mine:
         vae = models.load_vae(facts, dtype).to(device)  # pyright: ignore[reportArgumentType]
         pixels = _largest_frame(mine, by_key, clip_format)
-        coder = choose_coder(vae, len(mine), pixels) if device.type == "cuda" else None
+        coder = choose_coder(vae, len(mine), pixels)
         with ClipDecoder(clip_format, num_workers=num_workers, timeout_seconds=timeout_seconds) as decoder:
             outcomes = decoder.decode([by_key[key] for key in mine])
             shown = tqdm(outcomes, "clips", total=len(mine), unit="clip", disable=quiet)
@@ -269,7 +269,9 @@ def _largest_frame(wanted: Sequence[str], by_key: dict[str, Clip], clip_format: 
 
 
 def choose_coder(vae: AutoencoderKLCogVideoX, num_clips: int, pixels: int) -> FrameCoder | None:
-    """How so many clips, of at most `pixels` a frame, are encoded: None, the stock way, for few where memory allows."""
+    """How so many clips, of at most `pixels` a frame, are encoded; None: the stock way (a CPU; few, in much memory)."""
+    if vae.device.type != "cuda":
+        return None
     coder = make_coder(vae, tune_convolutions=num_clips >= _TUNED_FROM_CLIPS, pixels=pixels)
     return coder if coder.in_slabs or num_clips >= _CODED_FROM_CLIPS else None
 

@@ -21,7 +21,7 @@ class Machine:
 
     flops: float
     """Of a large product of random matrices in the run's precision, a second. (Of equal numbers it is a tenth more, and
-    differs as much from one minute to the next: 720 to 870 TFLOP/s on H200s, where random ones gave 747.)"""
+    differs as much between runs: 720 to 870 TFLOP/s on H200s; random ones were measured on one of them, 747.)"""
     link: float
     """Bytes a second between page-locked host memory and the device, each way."""
     cores: int = 12

@@ -129,7 +129,7 @@ def test_whole_job_in_low_precision_resumes_exactly(
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000012")
     assert "at step 6" in run_command(script, "--config", job).out
     resumed = [row["loss"] for row in rows_of(tmp_path / "run") if "loss" in row]
-    assert resumed[-1] == pytest.approx(straight[-1], rel=0 if deterministic else 1e-3)
+    assert resumed[-1] == pytest.approx(straight[-1], rel=0 if deterministic else 1e-4)
     assert all(loss == loss and loss < 10 for loss in straight)
     if deterministic:
         again = read_final(tmp_path / "run" / "final")

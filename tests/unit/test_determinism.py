@@ -10,7 +10,7 @@ from torch._inductor import config as inductor
 
 from cogtune.attention_backends import Backend, BackendTiming, check_backend, measure_backends, pick_backend
 from cogtune.config import RunConfig
-from cogtune.determinism import follow_determinism, is_deterministic
+from cogtune.determinism import follow_determinism
 from cogtune.errors import UserError
 from cogtune.machine import NOMINAL, sum_in_order
 from cogtune.memory import GIB, MemoryPlan, activation_bytes, units_of_partial_sums
@@ -34,7 +34,7 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_a_process_follows_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     follow_determinism(False)
-    assert not is_deterministic() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
     follow_determinism(True)
     assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert getattr(inductor, "deterministic", True)

@@ -197,7 +197,7 @@ class CappedRun:
         self._clear()
         num_frames, height, width = self.bench.size
         vae = make_random_vae(self.task.model, self.device, self.dtype)
-        coder = choose_coder(vae, _NUM_CLIPS, height * width) if self.device.type == "cuda" else None
+        coder = choose_coder(vae, _NUM_CLIPS, height * width)
         way = "stock" if coder is None else "frame by frame" if coder.in_slabs else "in whole groups"
         frames = torch.randint(256, (1, num_frames, height, width, 3), dtype=torch.uint8)
         self._clear()
